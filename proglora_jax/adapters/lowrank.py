@@ -1,0 +1,172 @@
+"""The primitive: a gated low-rank delta over a pool of frozen blocks and one trainable block, with its own VJP."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from proglora_jax.core.types import PyTree
+
+MIXES = ("delta", "factor")
+
+
+def mix_ranks(u: jax.Array, gate: jax.Array, mix: str, rank: int) -> jax.Array:
+    """Applies the gates between the two matmuls of the pair.
+
+    Args:
+        u: f32[B, T, R] activations of all ranks, R = blocks * rank.
+        gate: f32[B|1, T|1, R] gate of each rank.
+        mix: "delta" sums the outputs of the blocks, sum_n w_n B_n A_n x; "factor" fuses the factors first,
+            (sum_n w_n B_n)(sum_m w_m A_m) x, which has the cross terms B_n A_m.
+        rank: ranks of one block (used by "factor" only).
+
+    Returns:
+        f32[B, T, R], what the second matmul takes.
+
+    Source: ProgLoRA (Findings of ACL 2025), Eqs. 3 and 7 read literally for "factor"; "delta" is what the authors' code runs.
+    """
+    h = u * gate
+    if mix == "delta":
+        return h
+    blocks = h.shape[-1] // rank
+    summed = h.reshape(*h.shape[:-1], blocks, rank).sum(-2)  # [B, T, r]
+    return jnp.tile(summed, blocks) * gate  # [B, T, M*r]
+
+
+def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x[B, T, i] @ kernel[i, o] with f32 accumulation and f32 result."""
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _project_back(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x[B, T, o] @ kernel[i, o].T with f32 accumulation and f32 result."""
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _outer(left: jax.Array, right: jax.Array) -> jax.Array:
+    """sum over [B, T] of left[B, T, i] x right[B, T, o] -> f32[i, o]."""
+    return jax.lax.dot_general(left, right, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def pooled_low_rank(x, pool_a, pool_b, pool_gate, a, b, gate, scale=1.0, mix="delta"):
+    """scale * ((x [A_pool, A]) * [g_pool, g]) [B_pool; B]: one fused matmul pair for the pool and the trainable block.
+
+    Args:
+        x: [B, T, d_in] in compute dtype.
+        pool_a: f32[d_in, C*r] frozen factors, C slots of rank r side by side; an empty slot has gate 0.
+        pool_b: f32[C*r, d_out] frozen factors.
+        pool_gate: f32[B|1, T|1, C*r] gates of the frozen ranks.
+        a: f32[d_in, r] trainable factor.
+        b: f32[r, d_out] trainable factor.
+        gate: f32[B|1, T|1, r] gates of the trainable ranks.
+        scale: alpha / r.
+        mix: see `mix_ranks`.
+
+    Returns:
+        [B, T, d_out] in x's dtype. Gradients exist for x, both gates, a and b; the pool's are never formed
+        (its cotangent is zero), so that 8 matmuls serve a linear's forward and backward together with its frozen kernel.
+
+    Source: ProgLoRA (Findings of ACL 2025), Eqs. 3 and 7, fused along rank.
+    """
+    return _forward(x, pool_a, pool_b, pool_gate, a, b, gate, scale, mix)[0]
+
+
+def _forward(x, pool_a, pool_b, pool_gate, a, b, gate, scale, mix):
+    u = _project(x, jnp.concatenate([pool_a, a], axis=-1))  # [B, T, R]
+    h = mix_ranks(u, _join_gates(pool_gate, gate), mix, a.shape[-1])
+    y = _project(h.astype(x.dtype), jnp.concatenate([pool_b, b], axis=0)) * scale  # [B, T, d_out]
+    return y.astype(x.dtype), (x, u, pool_a, pool_b, pool_gate, a, b, gate)
+
+
+def _join_gates(pool_gate: jax.Array, gate: jax.Array) -> jax.Array:
+    """Gates side by side along rank; the leading axes are broadcast against each other."""
+    lead = jnp.broadcast_shapes(pool_gate.shape[:-1], gate.shape[:-1])
+    wide = [jnp.broadcast_to(g, (*lead, g.shape[-1])) for g in (pool_gate, gate)]
+    return jnp.concatenate(wide, axis=-1)  # [B|1, T|1, R]
+
+
+def _backward(scale, mix, residuals, dy):
+    x, u, pool_a, pool_b, pool_gate, a, b, gate = residuals
+    rank = a.shape[-1]
+    h, pull = jax.vjp(lambda u, g, new: mix_ranks(u, _join_gates(g, new), mix, rank), u, pool_gate, gate)
+    dy = (dy * scale).astype(x.dtype)
+    dh = _project_back(dy, jnp.concatenate([pool_b, b], axis=0))  # [B, T, R]
+    du, dpool_gate, dgate = pull(dh)
+    du = du.astype(x.dtype)
+    dx = _project_back(du, jnp.concatenate([pool_a, a], axis=-1)).astype(x.dtype)  # [B, T, d_in]
+    da = _outer(x, du[..., -rank:]).astype(a.dtype)
+    db = _outer(h[..., -rank:].astype(x.dtype), dy).astype(b.dtype)
+    return dx, None, None, dpool_gate, da, db, dgate
+
+
+pooled_low_rank.defvjp(_forward, _backward)
+
+
+def repeat_gates(weights: jax.Array, rank: int) -> jax.Array:
+    """Gates per block -> gates per rank: f32[B, M] -> f32[B, 1, M*r]."""
+    return jnp.repeat(weights.astype(jnp.float32), rank, axis=-1)[:, None, :]
+
+
+def init_block(generator, targets, rank: int, init: str) -> PyTree:
+    """A fresh block: A random, B zero, so that its delta is zero.
+
+    Args:
+        generator: numpy Generator; one draw per linear, in the order of `targets.linears`.
+        targets: Targets.
+        rank: r.
+        init: "normal001" for N(0, 0.01^2) (ProgLoRA's and MoELoRA's code) or "kaiming" for U(-1/sqrt(d_in), 1/sqrt(d_in)) (PEFT).
+
+    Returns:
+        {linear: {"a": f32[L, d_in, r], "b": f32[L, r, d_out]}} as numpy arrays.
+    """
+    block = {}
+    for name, (d_in, d_out) in targets.linears.items():
+        shape = (targets.layers, d_in, rank)
+        if init == "normal001":
+            a = generator.normal(0.0, 0.01, shape)
+        else:
+            bound = d_in**-0.5
+            a = generator.uniform(-bound, bound, shape)
+        block[name] = {"a": a.astype("float32"), "b": jnp.zeros((targets.layers, rank, d_out), jnp.float32)}
+    return block
+
+
+def empty_pool(targets, slots: int, rank: int) -> PyTree:
+    """A pool of `slots` empty slots: {linear: {"a": f32[L, d_in, slots*r], "b": f32[L, slots*r, d_out]}}."""
+    return {
+        name: {
+            "a": jnp.zeros((targets.layers, d_in, slots * rank), jnp.float32),
+            "b": jnp.zeros((targets.layers, slots * rank, d_out), jnp.float32),
+        }
+        for name, (d_in, d_out) in targets.linears.items()
+    }
+
+
+def write_slot(pool: PyTree, block: PyTree, slot: int, rank: int) -> PyTree:
+    """Puts a block into a slot of the pool; the other slots keep their values."""
+    at = slice(slot * rank, (slot + 1) * rank)
+    return {
+        name: {"a": pool[name]["a"].at[:, :, at].set(leaves["a"]), "b": pool[name]["b"].at[:, at, :].set(leaves["b"])}
+        for name, leaves in block.items()
+    }
+
+
+def grow_pool(pool: PyTree, slots: int, rank: int) -> PyTree:
+    """Widens a pool to `slots` slots with empty ones; never shrinks it."""
+    grown = {}
+    for name, leaves in pool.items():
+        extra = max(0, slots * rank - leaves["a"].shape[-1])
+        grown[name] = {
+            "a": jnp.pad(leaves["a"], ((0, 0), (0, 0), (0, extra))),
+            "b": jnp.pad(leaves["b"], ((0, 0), (0, extra), (0, 0))),
+        }
+    return grown
+
+
+def dropout(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
+    """Inverted dropout on the adapter's input: kept values are divided by 1 - rate; one mask for every block of a linear."""
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))

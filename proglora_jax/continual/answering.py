@@ -1,0 +1,190 @@
+"""Asks a stage's model the questions of a task, keeps every raw answer, and scores them; goes on where a killed run stopped.
+
+    answers/<Task>.partial.jsonl   a header, then one line per answered question, each with a checksum; appended batch by batch
+    answers/<Task>.jsonl           the same, complete
+    scores/<Task>.json             accuracy in both modes, mean gates, and the hash of the answers that were scored
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from proglora_jax.checkpoints.integrity import atomic_write_json, read_json, sha256_of_file
+from proglora_jax.continual.session import Session
+from proglora_jax.core import mesh as meshes
+from proglora_jax.core.types import CLState
+from proglora_jax.data.errors import UserError
+from proglora_jax.data.pipeline import eval_batches
+from proglora_jax.data.schema import Question
+from proglora_jax.data.tasks import TASKS
+from proglora_jax.evaluation.evaluator import score_answers
+from proglora_jax.evaluation.scores import ScoreOptions
+from proglora_jax.training.console import Progress
+from proglora_jax.training.loop import Stopped
+
+
+def evaluate_task(session: Session, state: CLState, digest: str, task: int, task_id: int, folder: Path) -> dict[str, Any]:
+    """Scores of one task under a state; finished work is read back, not repeated.
+
+    Args:
+        session: the session.
+        state: parameters on the mesh.
+        digest: hash of the stage's adapter; results of another one are not trusted.
+        task: index of the task in the run.
+        task_id: the task's id as the method sees it.
+        folder: the stage's folder.
+
+    Returns:
+        The content of scores/<Task>.json.
+
+    Raises:
+        Stopped: after a stop signal; the answers so far are kept.
+        UserError: for questions or images that cannot be read.
+    """
+    name = session.tasks[task]
+    path, answers = folder / "scores" / f"{name}.json", folder / "answers" / f"{name}.jsonl"
+    known = finished_scores(path, answers, digest)
+    if known is not None:
+        return known
+    questions = session.questions(name)
+    began = time.monotonic()
+    texts, gates = _answers(session, state, digest, name, task_id, questions, answers)
+    options = ScoreOptions(session.settings.evaluate.imagenet_empty_ok, session.settings.evaluate.grounding_truncate)
+    result = score_answers(TASKS[name].scorer, texts, questions, session.data[name].auxiliary, options)
+    result |= {
+        "task": name, "adapter": digest, "answers_sha256": sha256_of_file(answers) if session.chief else "", "gates": gates,
+        "seconds": time.monotonic() - began, "image_mode": image_mode(session, name),
+    }
+    if session.chief:
+        atomic_write_json(path, result, checksum=True)
+    return result
+
+
+def finished_scores(path: Path, answers: Path, digest: str) -> dict[str, Any] | None:
+    """A task's scores if they are there, intact, of this adapter, and of the answers that lie beside them; else None."""
+    try:
+        known = read_json(path, checksum=True)
+    except UserError:
+        return None
+    if known.get("adapter") != digest or not answers.exists() or sha256_of_file(answers) != known.get("answers_sha256"):
+        return None
+    return known
+
+
+def image_mode(session: Session, name: str) -> str:
+    """How the images of a task's questions are prepared."""
+    return TASKS[name].coin_image_mode if session.settings.evaluate.image_mode == "coin" else "pad"
+
+
+def _answers(session: Session, state: CLState, digest: str, name: str, task_id: int, questions: list[Question], path: Path):
+    """Answers of all questions, by index, and the mean gate of each block; generated from where the partial file ends."""
+    evaluate = session.settings.evaluate
+    batches = eval_batches(
+        questions, session.encoder, session.eval_loader(image_mode(session, name)), batch_size=evaluate.batch_size, task_id=task_id,
+        lengths=evaluate.prompt_lengths, process_index=jax.process_index(), process_count=jax.process_count(),
+    )
+    cap = evaluate.max_new_tokens or TASKS[name].max_new_tokens
+    header = {"task": name, "adapter": digest, "questions": _questions_hash(questions), "max_new_tokens": cap,
+              "batch_size": evaluate.batch_size, "image_mode": image_mode(session, name)}
+    partial = path.with_suffix(".partial.jsonl")
+    entries = read_answers(path, header) if path.exists() else {}
+    if len(entries) == len(questions):
+        return _texts(entries), _mean_gates(entries)
+    entries = read_answers(partial, header)
+    first = 0
+    while first < len(batches) and all(index in entries for index in batches.members(first)):
+        first += 1
+    entries = {index: entries[index] for n in range(first) for index in batches.members(n)}
+    file = _reopen(partial, header, entries) if session.chief else None
+    generate = session.generator(cap)
+    with Progress(f"evaluate {name}", len(questions), chief=session.chief) as progress:
+        progress.update(len(entries))
+        for batch in batches.batches(first, session.settings.data.threads):
+            rows = _rows(session, questions, generate, state, batch)
+            entries |= {row["index"]: row for row in rows}
+            if file is not None:
+                file.write("".join(_line(row) for row in rows))
+                file.flush()
+                os.fsync(file.fileno())
+            progress.update(len(rows))
+            if session.stop.requested:
+                raise Stopped(f"stopped while evaluating {name} after {len(entries)} of {len(questions)} questions; the answers are kept")
+    if file is not None:
+        file.close()
+        os.replace(partial, path)
+    return _texts(entries), _mean_gates(entries)
+
+
+def _rows(session: Session, questions: list[Question], generate, state: CLState, batch) -> list[dict[str, Any]]:
+    out = generate(state.params, state.memory, session.llava, meshes.put_batch(batch, session.mesh), state.stage)
+    out = {name: np.asarray(value) for name, value in out.items()}
+    rows = []
+    for row in np.flatnonzero(out["valid"]):
+        index, count = int(out["example"][row]), int(out["count"][row])
+        text = session.encoder.tokenizer.decode(out["tokens"][row, :count].tolist()).strip()
+        rows.append({
+            "index": index, "question_id": questions[index].id, "prompt": questions[index].text, "text": text,
+            "hit_cap": bool(out["hit_cap"][row]), "gates": [round(float(gate), 6) for gate in out["gates"][row]],
+        })
+    return rows
+
+
+def _texts(entries: dict[int, dict]) -> dict[int, str]:
+    return {index: row["text"] for index, row in entries.items()}
+
+
+def _mean_gates(entries: dict[int, dict]) -> list[float]:
+    """Mean gate of each block over the questions, in the order of the questions so that it does not depend on batches."""
+    return [float(value) for value in np.mean([entries[index]["gates"] for index in sorted(entries)], axis=0)]
+
+
+def _questions_hash(questions: list[Question]) -> str:
+    return f"{zlib.crc32(repr([(q.id, q.text, os.path.basename(q.image or '')) for q in questions]).encode('utf-8', 'replace')):08x}"
+
+
+def _line(row: dict[str, Any]) -> str:
+    body = json.dumps(row, ensure_ascii=False)
+    return json.dumps(row | {"crc": zlib.crc32(body.encode("utf-8", "replace"))}, ensure_ascii=False) + "\n"
+
+
+def _reopen(path: Path, header: dict, entries: dict[int, dict]):
+    """The partial file with exactly the trusted entries, open for appending."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(_line(header) + "".join(_line(row) for row in entries.values()))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return open(path, "a", encoding="utf-8")
+
+
+def read_answers(path: Path, header: dict | None = None) -> dict[int, dict]:
+    """The answers of a file by index of the question; lines that are torn or changed are left out.
+
+    Args:
+        path: a file as described above; it need not exist.
+        header: what its first line must say; answers under another header are not trusted.
+    """
+    if not path.exists():
+        return {}
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            crc = row.pop("crc")
+        except (ValueError, KeyError, AttributeError):
+            continue
+        if zlib.crc32(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")) == crc:
+            rows.append(row)
+    if not rows or (header is not None and rows[0] != json.loads(json.dumps(header))):
+        return {}
+    return {row["index"]: row for row in rows if "index" in row}

@@ -1,0 +1,121 @@
+"""What a run leaves for reports: the meta of a stage's checkpoint, and results.json collected from the stages' scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import proglora_jax
+from proglora_jax.checkpoints.integrity import read_json
+from proglora_jax.continual.run_record import RunRecord, load_run, save_run
+from proglora_jax.continual.session import Session
+from proglora_jax.continual.stages import FINAL, Stage
+from proglora_jax.data.errors import UserError
+from proglora_jax.evaluation.scores import MODES
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy", "pillow")
+
+
+def stage_meta(
+    session: Session, stage: Stage, digest: str, previous: str, counts: Mapping[str, int], seconds: Mapping[str, float], alike: np.ndarray
+) -> dict[str, Any]:
+    """The meta.json of a stage's checkpoint: all that is needed to use its blocks without the config."""
+    method = session.method
+    return {
+        "method": method.name, "hyperparameters": dataclasses.asdict(method), "rank": method.rank, "alpha": method.alpha,
+        "targets": {name: list(shape) for name, shape in session.targets.linears.items()}, "layers": session.targets.layers,
+        "backbone": session.base, "tasks": list(session.tasks), "stage": stage.number, "index": stage.index, "task": stage.name,
+        "digest": digest, "previous": previous, "trainable": dict(counts), "seconds": dict(seconds),
+        "similarity": [float(value) for value in alike], "versions": versions(), "config_hash": config_hash(session.workdir),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    found = {"proglora_jax": proglora_jax.__version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def config_hash(workdir: Path) -> str:
+    """The hash that the workdir's config.json states; "" where there is none."""
+    path = workdir / "config.json"
+    return str(read_json(path).get("hash", "")) if path.exists() else ""
+
+
+def update(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
+    """Collects the scores of all stages so far into workdir/results.json."""
+    record = collect(session, stages)
+    if session.chief:
+        save_run(record, session.workdir)
+    return record
+
+
+def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
+    """The record of the run, from what lies in the stages' folders."""
+    tasks, run = session.tasks, session.settings.run
+    matrix: dict[str, list] = {mode: [] for mode in MODES}
+    gates: dict[int, dict[str, list[float]]] = {}
+    counts, seconds, ceilings = [], [], {}
+    for stage in stages:
+        folder = stage.folder(session.workdir)
+        scored = {task: _read(folder / "scores" / f"{tasks[task]}.json") for task in stage.evaluate}
+        if all(score is None for score in scored.values()):
+            break
+        for mode in MODES:
+            row = [None] * (max(stage.evaluate) + 1)
+            for task, score in scored.items():
+                row[task] = None if score is None else score["accuracy"][mode]
+            matrix[mode].append(row)
+        known = {tasks[task]: score for task, score in scored.items() if score is not None}
+        if any(len(score["gates"]) > 1 for score in known.values()):
+            gates[stage.number] = {name: score["gates"][: stage.index + 1] for name, score in known.items()}
+        ceilings |= {name: score["ceiling"]["coin"] for name, score in known.items()}
+        meta = _read(folder / FINAL / "meta.json", checksum=False) or {}
+        counts.append(meta.get("trainable", {}))
+        seconds.append({"train": meta.get("seconds", {}).get("train", 0.0), "evaluate": sum(score["seconds"] for score in known.values())})
+    settings = {"learning rate": session.settings.train.learning_rate, "batch size": session.settings.train.batch_size,
+                "instruction set": session.settings.data.instruction_set, "protocol": run.protocol}
+    settings |= {name: value for name, value in dataclasses.asdict(session.method).items()}
+    return RunRecord(
+        method=session.method.name, seed=run.seed, tasks=tasks, scoring=matrix, gates=gates, isolated=_isolated(session, stages, matrix),
+        baselines={"score of the references themselves": ceilings} if ceilings else {}, counts=counts, seconds=seconds,
+        command=_command(session.workdir), versions=versions(), config_hash=config_hash(session.workdir),
+        benchmark="coin_mini" if session.settings.data.benchmark == "embedded" else "CoIN", settings=settings,
+    )
+
+
+def _isolated(session: Session, stages: tuple[Stage, ...], matrix: Mapping[str, list]) -> dict[str, float] | None:
+    """Accuracy of each task trained alone: this run's own if it is such a run, or read from the one that the config names."""
+    run = session.settings.run
+    if run.protocol == "isolated":
+        return {session.tasks[i]: row[i] for i, row in enumerate(matrix["coin"]) if row[i] is not None}
+    if not run.isolated_results:
+        return None
+    record = load_run(Path(run.isolated_results))
+    missing = [task for task in session.tasks if task not in (record.isolated or {})]
+    if missing:
+        raise UserError(f"config.run.isolated_results={run.isolated_results}: has no isolated result of {', '.join(missing)}")
+    return {task: record.isolated[task] for task in session.tasks}
+
+
+def _command(workdir: Path) -> str:
+    path = workdir / "config.json"
+    return str(read_json(path).get("command", "")) if path.exists() else ""
+
+
+def _read(path: Path, checksum: bool = True) -> dict[str, Any] | None:
+    try:
+        return read_json(path, checksum=checksum)
+    except UserError:
+        return None

@@ -1,0 +1,231 @@
+"""The record of a run: what a sequence of tasks leaves in `workdir/results.json` for the reports.
+
+The file is one JSON object. Stages and blocks count from 0. A stage or score that is not there yet is null or left out.
+
+    method       str            name of the method
+    seed         int
+    tasks        [str]          names in training order
+    scoring      {mode: matrix} mode "coin", "clean"; matrix[stage][task] = accuracy in percent, rows up to the stage's own task
+                                (zero-shot and multi-task: one row with every task)
+    gates        {stage: {task: [float]}}   mean gate of each block over a task's questions, after that stage; {} for none
+    isolated     {task: float} or null      accuracy (first mode's scoring) of training on each task alone
+    baselines    {name: {task: float}}      optional; e.g. question-only answers, score of the references themselves
+    counts       [{group: int}]             per stage: parameters that train, by group
+    seconds      [{"train": s, "evaluate": s}]  per stage; wall clock
+    command      str            the command that made the run
+    versions     {package: str}
+    config_hash  str
+    benchmark    str            optional; "coin", "coin_mini" ...
+    settings     {name: value}  optional; what else the report should show
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from proglora_jax.data.errors import UserError, raise_collected
+from proglora_jax.evaluation.scores import MODES
+from proglora_jax.evaluation.sequence import SequenceMetrics, diagonal, finished_stages, mean, metrics, triangle
+
+FILE = "results.json"
+_REQUIRED = ("method", "seed", "tasks", "scoring")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """The fields of `results.json`, as the module's docstring lists them; `gates` has stage numbers as keys."""
+
+    method: str
+    seed: int
+    tasks: tuple[str, ...]
+    scoring: Mapping[str, Sequence[Sequence[float | None]]]
+    gates: Mapping[int, Mapping[str, Sequence[float]]] = dataclasses.field(default_factory=dict)
+    isolated: Mapping[str, float] | None = None
+    baselines: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+    counts: Sequence[Mapping[str, int] | None] = ()
+    seconds: Sequence[Mapping[str, float] | None] = ()
+    command: str = ""
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    config_hash: str = ""
+    benchmark: str = ""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Scoring modes that are there, the headline one ("coin") first."""
+        return tuple(sorted(self.scoring, key=lambda mode: (mode != "coin", mode)))
+
+    @property
+    def sequential(self) -> bool:
+        """False for a run without a sequence (zero-shot, multi-task): one row that covers several tasks."""
+        rows = [row for matrix in self.scoring.values() for row in matrix[:1]]
+        one_row = all(len(matrix) <= 1 for matrix in self.scoring.values())
+        return not (one_row and len(self.tasks) > 1 and any(_scored(row) == len(self.tasks) for row in rows))
+
+    @property
+    def stages(self) -> int:
+        """Number of leading stages that are scored completely, in every mode; 1 for a run without a sequence."""
+        return min(map(finished_stages, self.scoring.values()), default=0)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every stage is scored (for a run without a sequence: its only row)."""
+        return self.stages == len(self.tasks) or not self.sequential
+
+    def final(self, mode: str) -> list[float]:
+        """Accuracy on the tasks so far after the last finished stage, percent."""
+        if not self.sequential:
+            return [float(value) for value in self.scoring[mode][0]]
+        rows = triangle(self.scoring[mode][: self.stages])
+        return rows[-1] if rows else []
+
+    def right_after(self, mode: str) -> list[float]:
+        """Accuracy on each task right after its own stage, percent; the only row for a run without a sequence."""
+        return diagonal(self.scoring[mode][: self.stages]) if self.sequential else self.final(mode)
+
+    def metrics(self, mode: str) -> SequenceMetrics:
+        """The metrics of the finished stages; FWT only in the headline mode, whose scoring `isolated` has.
+
+        A run without a sequence has only means: ACC, MAA and New.ACC are the same number, as in the papers' tables.
+        """
+        if not self.sequential:
+            average = mean(self.final(mode))
+            return SequenceMetrics(1, average, average, None, None, average, None)
+        alone = [self.isolated.get(task) for task in self.tasks] if self.isolated and mode == self.modes[0] else None
+        return metrics(self.scoring[mode][: self.stages], alone)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `results.json`."""
+        content = dataclasses.asdict(self)
+        content["gates"] = {str(stage): gates for stage, gates in self.gates.items()}
+        return content
+
+
+def save_run(record: RunRecord, workdir: str | os.PathLike[str]) -> str:
+    """Writes `workdir/results.json` in one step (a reader never sees half a file) and returns its path."""
+    text = json.dumps(record.to_json(), indent=1, allow_nan=False, default=_scalar) + "\n"
+    return write_atomically(os.path.join(workdir, FILE), text.encode())
+
+
+def load_run(workdir: str | os.PathLike[str]) -> RunRecord:
+    """Reads the record of a run.
+
+    Args:
+        workdir: the run's folder.
+
+    Returns:
+        The record; a partial run has fewer rows or null entries.
+
+    Raises:
+        UserError: "<workdir>/results.json: no such file; ..."
+        UserError: "<workdir>/results.json: not valid JSON (...)"
+        UserError: "<workdir>/results.json: <n> problem(s): ..." for missing or misshapen fields
+    """
+    path = os.path.join(workdir, FILE)
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; give the workdir of a run that has scored at least one stage")
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = json.load(file)
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({error}); the run that wrote it was cut off or the file was edited") from error
+    advice = "Run the evaluation again, or mend the file; continual/run_record.py lists its fields."
+    raise_collected(_problems(content), path, advice)
+    known = {field.name for field in dataclasses.fields(RunRecord)}
+    fields = {name: value for name, value in content.items() if name in known and value is not None}
+    fields["tasks"] = tuple(content["tasks"])
+    fields["scoring"] = {mode: [row or [] for row in matrix] for mode, matrix in content["scoring"].items()}
+    fields["gates"] = {int(stage): gates for stage, gates in fields.get("gates", {}).items()}
+    return RunRecord(**fields)
+
+
+def _scored(row: Sequence[float | None] | None) -> int:
+    return sum(value is not None for value in row or ())
+
+
+def _scalar(value: Any) -> int | float:
+    """A number of an array library as a plain one."""
+    if not hasattr(value, "item"):
+        raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written to {FILE}")
+    return value.item()
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> str:
+    """Writes a file under a temporary name beside it and renames it; returns the path."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing_")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        # mkstemp makes the file private; a report is for others too.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return os.fspath(path)
+
+
+def _problems(content: Any) -> list[str]:
+    """What is wrong with the content of a results file, one sentence each."""
+    if not isinstance(content, dict):
+        return [f"holds {type(content).__name__}, an object is needed"]
+    missing = [f"field {name!r} is missing" for name in _REQUIRED if content.get(name) is None]
+    if missing:
+        return missing
+    tasks = content["tasks"]
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
+        return [f"tasks={tasks!r}: must be a list of at least one name"]
+    if not isinstance(content["scoring"], dict) or not content["scoring"]:
+        return [f"scoring={content['scoring']!r}: must be an object with at least one mode"]
+    found = [f"scoring.{mode}: unknown mode; use one of {', '.join(MODES)}" for mode in content["scoring"] if mode not in MODES]
+    found += [line for mode, matrix in content["scoring"].items() for line in _matrix_problems(mode, matrix, len(tasks))]
+    for name in ("isolated", *(f"baselines.{name}" for name in content.get("baselines") or {})):
+        values = content.get("isolated") if name == "isolated" else content["baselines"][name.partition(".")[2]]
+        found += [f"{name}.{task}={value!r}: not a percentage" for task, value in (values or {}).items() if not _is_percent(value)]
+    return found + _gate_problems(content.get("gates") or {}, tasks)
+
+
+def _matrix_problems(mode: str, matrix: Any, tasks: int) -> list[str]:
+    where = f"scoring.{mode}"
+    if not isinstance(matrix, list) or not all(row is None or isinstance(row, list) for row in matrix):
+        return [f"{where}: must be a list of rows"]
+    if len(matrix) > tasks:
+        return [f"{where}: {len(matrix)} rows for {tasks} tasks"]
+    found = []
+    for stage, row in enumerate(matrix):
+        if len(row or ()) > tasks:
+            found.append(f"{where}[{stage}]: {len(row)} accuracies for {tasks} tasks")
+            continue
+        bad = [task for task, value in enumerate(row or ()) if value is not None and not _is_percent(value)]
+        found += [f"{where}[{stage}][{task}]={row[task]!r}: not a percentage" for task in bad]
+    return found
+
+
+def _gate_problems(gates: Any, tasks: Sequence[str]) -> list[str]:
+    found = []
+    for stage, rows in gates.items():
+        if not str(stage).isdecimal() or int(stage) >= len(tasks):
+            found.append(f"gates[{stage!r}]: must be the number of a stage, 0 to {len(tasks) - 1}")
+            continue
+        for task, values in rows.items():
+            if task not in tasks:
+                found.append(f"gates[{stage}][{task!r}]: not one of the tasks {', '.join(tasks)}")
+            elif not isinstance(values, list) or not values or not all(_is_number(value) for value in values):
+                found.append(f"gates[{stage}][{task!r}]: must be a list of numbers, one per block")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_percent(value: Any) -> bool:
+    return _is_number(value) and 0.0 <= value <= 100.0

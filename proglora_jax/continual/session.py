@@ -1,0 +1,165 @@
+"""Everything that a run holds while it runs: settings, mesh, backbone on the mesh, tokenizer, tasks, logger, jitted programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.resources
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from proglora_jax.checkpoints.hf_import import fingerprint, load_llava
+from proglora_jax.core import mesh as meshes
+from proglora_jax.core.types import Targets
+from proglora_jax.data.errors import UserError
+from proglora_jax.data.images import ImageLoader, ImageSpec
+from proglora_jax.data.schema import Question
+from proglora_jax.data.synthetic.benchmark import write_benchmark
+from proglora_jax.data.tasks import TaskData, load_task, select_subset, task_order
+from proglora_jax.data.templates import get_template
+from proglora_jax.data.tokens import Encoder, load_tokenizer
+from proglora_jax.methods.base import Method
+from proglora_jax.models.layers import Settings as ModelOptions
+from proglora_jax.training import step
+from proglora_jax.training.log import RunLogger
+from proglora_jax.training.loop import StopSignal
+from proglora_jax.training.settings import Settings
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Session:
+    """What the runner works with.
+
+    Attributes:
+        settings: the checked config.
+        workdir: the run's folder.
+        mesh: the devices.
+        llava: the frozen backbone, on the mesh.
+        base: hash of the backbone's folder.
+        encoder: text to tokens.
+        images: what the vision tower wants to see.
+        tasks: task names in order.
+        data: name -> the task's files.
+        logger: the record of the run.
+        stop: whether the run was asked to stop.
+    """
+
+    settings: Settings
+    workdir: Path
+    mesh: Mesh
+    llava: Any
+    base: str
+    encoder: Encoder
+    images: ImageSpec
+    tasks: tuple[str, ...]
+    data: Mapping[str, TaskData]
+    logger: RunLogger
+    stop: StopSignal
+
+    @property
+    def method(self) -> Method:
+        """The method with its hyper-parameters."""
+        return self.settings.method
+
+    @functools.cached_property
+    def targets(self) -> Targets:
+        """The linears that may be adapted."""
+        return self.llava.targets()
+
+    @functools.cached_property
+    def train_loader(self) -> ImageLoader:
+        """Images as in training: padded to a square."""
+        data = self.settings.data
+        return ImageLoader(self.images, "pad", data.on_bad_image, data.image_cache_mb << 20)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (a session lives as long as the process)
+    def eval_loader(self, mode: str) -> ImageLoader:
+        """Images for questions, by mode; a bad one is never left out."""
+        if mode == "pad":
+            return self.train_loader
+        data = self.settings.data
+        return ImageLoader(self.images, mode, data.on_bad_image, data.image_cache_mb << 20)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def train_step(self, separate_replay: bool) -> Callable:
+        """The training step."""
+        return step.make_train_step(self.method, self.settings.train, self.settings.model.remat, separate_replay, self.mesh)
+
+    @functools.cached_property
+    def probe_step(self) -> Callable:
+        """The probe of training samples."""
+        return step.make_probe(self.method, self.mesh)
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def generator(self, max_new_tokens: int) -> Callable:
+        """The generator with a cap on the answer."""
+        tokenizer = self.encoder.tokenizer
+        return step.make_generator(self.method, self.mesh, max_new_tokens, tokenizer.eos_id, tokenizer.pad_id, tokenizer.size)
+
+    def questions(self, task: str) -> list[Question]:
+        """The questions of a task that are asked."""
+        evaluate = self.settings.evaluate
+        return select_subset(self.data[task].questions, evaluate.subset_size, evaluate.subset_seed)
+
+    @functools.cached_property
+    def chief(self) -> bool:
+        """Whether this process writes files and talks."""
+        return jax.process_index() == 0
+
+
+def model_folder(path: str) -> str:
+    """The backbone's folder; "embedded" is the small model that ships with the package.
+
+    Raises:
+        UserError: "config.model.path=<path>: no such folder; ..."
+    """
+    if path == "embedded":
+        return str(importlib.resources.files("proglora_jax") / "assets" / "coin_mini_base")
+    if not os.path.isdir(path):
+        raise UserError(f"config.model.path={path}: no such folder; give a Hugging Face LLaVA folder, or 'embedded' for the small model")
+    return path
+
+
+def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: bool) -> Session:
+    """Loads and checks everything that a run needs, cheapest first, so that mistakes show before the model is loaded.
+
+    Raises:
+        UserError: for what the user can mend: folders, tokenizer, files, sizes.
+    """
+    data, model = settings.data, settings.model
+    tasks = task_order(data.tasks)
+    try:
+        mesh = meshes.make_mesh(dataclasses.asdict(settings.mesh))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    folder = model_folder(model.path)
+    images = ImageSpec.from_folder(folder)
+    if data.benchmark == "embedded" and jax.process_index() == 0:
+        write_benchmark(data.root, data.embedded_seed, data.embedded_train_size, data.embedded_test_size)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("benchmark written")
+    files = {task: load_task(data.root, task, data.instruction_set) for task in tasks}
+    llava = _load(folder, settings, mesh)
+    tokenizer = load_tokenizer(folder, llava.config.text_config.vocab_size)
+    encoder = Encoder(tokenizer, get_template(data.template), llava.config.image_tokens, data.max_length, data.max_labels, data.empty_answer)
+    logger = RunLogger(workdir, settings.run.log_every_steps, settings.run.tensorboard, resumed, chief=jax.process_index() == 0)
+    return Session(settings, Path(workdir), mesh, llava, fingerprint(folder), encoder, images, tasks, files, logger, StopSignal().install())
+
+
+def _load(folder: str, settings: Settings, mesh: Mesh) -> Any:
+    model = settings.model
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        sharding = meshes.backbone_sharding(path, array.shape, mesh)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    options = ModelOptions(model.dtype, model.attention, model.unroll)
+    return load_llava(folder, jax.numpy.dtype(model.param_dtype), settings=options, place=place)

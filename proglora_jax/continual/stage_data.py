@@ -1,0 +1,140 @@
+"""The data of a stage: its rows, replayed rows among them, the batch plan, and batches of chosen rows for probes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from proglora_jax.continual.session import Session
+from proglora_jax.continual.stages import Stage
+from proglora_jax.core.mesh import batch_ways
+from proglora_jax.data import replay as replays
+from proglora_jax.data.batch import Batch, collate
+from proglora_jax.data.errors import UserError
+from proglora_jax.data.pipeline import TrainIterator, train_iterator
+from proglora_jax.data.plan import BatchPlan, check_buckets, plan_batches, row_buckets
+from proglora_jax.data.rows import EncodedRows, encode_rows
+from proglora_jax.data.schema import TrainRow
+from proglora_jax.data.tasks import select_subset
+from proglora_jax.methods.base import Replay
+from proglora_jax.training.settings import batch_size_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StageData:
+    """What a stage trains on.
+
+    Attributes:
+        rows: all rows, the tasks' own first, then the replayed ones.
+        own: how many are the stage's own.
+        plan: the batches.
+        separate: whether each batch holds replayed rows whose mean is taken apart.
+    """
+
+    rows: EncodedRows
+    own: int
+    plan: BatchPlan
+    separate: bool = False
+
+
+def own_rows(session: Session, stage: Stage) -> EncodedRows:
+    """The encoded training rows of a stage's own tasks."""
+    rows: list[TrainRow] = []
+    for task in stage.train:
+        examples = select_subset(session.data[session.tasks[task]].train, session.settings.data.train_examples)
+        rows += replays.task_rows(examples, stage.local(task))
+    return encode_rows(rows, session.encoder, session.settings.data.on_unsupervised)
+
+
+def stage_data(session: Session, stage: Stage, own: EncodedRows, replay: Replay | None) -> StageData:
+    """Adds the replayed rows of earlier tasks and plans the batches.
+
+    Raises:
+        UserError: where batch size, buckets or replay do not fit the data.
+    """
+    settings = session.settings
+    size = batch_size_of(settings.train, stage.name)
+    if size % batch_ways(session.mesh):
+        raise UserError(f"config.train.batch_size={size}: must be a multiple of the {batch_ways(session.mesh)} devices that share a batch")
+    old = _replayed(session, replay) if replay else []
+    if not old:
+        return StageData(own, len(own), _plan(session, own, np.arange(len(own)), size, stage.number, settings.train.max_steps))
+    extra = encode_rows(old, session.encoder, settings.data.on_unsupervised)
+    rows = _join(own, extra)
+    everyone, mine, theirs = np.arange(len(rows)), np.arange(len(own)), np.arange(len(own), len(rows))
+    if replay.mix == "concat":
+        return StageData(rows, len(own), _plan(session, rows, everyone, size, stage.number, settings.train.max_steps))
+    part = max(1, round(size * replay.share))
+    first = _plan(session, rows, mine, size - part, stage.number, settings.train.max_steps)
+    second = _plan(session, rows, theirs, part, stage.number, len(first))
+    plan = dataclasses.replace(first, rows=np.concatenate([first.rows, second.rows], axis=1), bucket=np.maximum(first.bucket, second.bucket))
+    return StageData(rows, len(own), plan, separate=True)
+
+
+def open_iterator(session: Session, data: StageData) -> TrainIterator:
+    """This process's share of the plan's batches."""
+    return train_iterator(
+        data.rows, data.plan, session.train_loader, process_index=jax.process_index(), process_count=jax.process_count(),
+        threads=session.settings.data.threads,
+    )
+
+
+def chosen_batches(session: Session, rows: EncodedRows, numbers: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Batches of chosen rows in plan-free order, short ones first, the last one filled up.
+
+    Args:
+        session: the session.
+        rows: where the numbers point.
+        numbers: i64[n] row numbers.
+        batch_size: rows per batch, all processes together.
+
+    Yields:
+        (positions i64[<= batch_size] in `numbers` that the batch's first rows answer, this process's share of the batch).
+    """
+    buckets = check_buckets(session.settings.data.buckets)
+    place = row_buckets(rows.lengths[numbers], rows.labels[numbers], buckets)
+    order = np.argsort(place, kind="stable")
+    side, share = session.images.size, batch_size // jax.process_count()
+    for start in range(0, len(order), batch_size):
+        positions = order[start : start + batch_size]
+        filled = np.resize(positions, batch_size)[jax.process_index() * share : (jax.process_index() + 1) * share]
+        members = []
+        for number in numbers[filled]:
+            path = rows.rows[number].example.image
+            members.append(rows.row(int(number), None if path is None else session.train_loader(path)))
+        yield positions, collate(members, buckets[place[positions].max()], session.encoder.tokenizer.pad_id, (side, side))
+
+
+def _plan(session: Session, rows: EncodedRows, numbers: np.ndarray, size: int, number: int, max_steps: int) -> BatchPlan:
+    data, train = session.settings.data, session.settings.train
+    # A seed per stage: with one for all, every stage of equal size would see its rows in the same order.
+    plan = plan_batches(
+        rows.lengths[numbers], rows.labels[numbers], rows.has_image[numbers], batch_size=size, buckets=data.buckets,
+        seed=session.settings.run.seed * 1000 + number, epochs=train.epochs, max_steps=max_steps, grouping=data.grouping,
+        remainder=data.remainder,
+    )
+    return dataclasses.replace(plan, rows=numbers[plan.rows])
+
+
+def _replayed(session: Session, replay: Replay) -> list[TrainRow]:
+    rows: list[TrainRow] = []
+    for index, count in enumerate(replay.counts):
+        name = session.tasks[index]
+        examples = select_subset(session.data[name].train, session.settings.data.train_examples)
+        positions = replays.replay_indices(len(examples), count, session.settings.run.seed, name)
+        rows += replays.task_rows(examples, index, replay.weight, positions)
+    return rows
+
+
+def _join(first: EncodedRows, second: EncodedRows) -> EncodedRows:
+    """Two sets of rows as one, the first's numbers unchanged."""
+    join = lambda name: np.concatenate([getattr(first, name), getattr(second, name)])
+    return EncodedRows(
+        rows=first.rows + second.rows, tokens=join("tokens"), segments=join("segments"),
+        starts=np.concatenate([first.starts, first.starts[-1] + second.starts[1:]]), lengths=join("lengths"), labels=join("labels"),
+        has_image=join("has_image"), encoder=first.encoder,
+        counts={name: count + second.counts.get(name, 0) for name, count in first.counts.items()},
+    )

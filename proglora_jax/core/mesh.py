@@ -1,0 +1,124 @@
+"""The mesh and every sharding: the only file that makes one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from proglora_jax.core.types import PyTree
+
+AXES = ("data", "fsdp", "model")
+BATCH_AXES = ("data", "fsdp")
+LARGE = 1 << 20
+
+# Paths of the backbone's parameters -> how they lie on the mesh. Kernels are [L, d_in, d_out] in stacked layers.
+BACKBONE_RULES = (
+    (r"language/.*(q_proj|k_proj|v_proj|gate_proj|up_proj)", PartitionSpec(None, "fsdp", "model")),
+    (r"language/.*(o_proj|down_proj)", PartitionSpec(None, "model", "fsdp")),
+    (r"embed_tokens", PartitionSpec("model", "fsdp")),
+    (r"lm_head", PartitionSpec("fsdp", "model")),
+    (r"vision/.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)/kernel", PartitionSpec(None, "fsdp", None)),
+    (r"vision", PartitionSpec()),
+    (r"mm_projector", PartitionSpec()),
+    (r"norm", PartitionSpec()),
+)
+
+
+def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
+    """A mesh with the axes data, fsdp, model.
+
+    Args:
+        shape: size of each axis; one of them may be -1, which takes the devices that the others leave.
+        devices: the devices to use; all by default.
+
+    Raises:
+        ValueError: when the sizes do not multiply to the number of devices.
+    """
+    devices = np.asarray(jax.devices() if devices is None else devices)
+    sizes = [int(shape.get(axis, 1)) for axis in AXES]
+    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"config.mesh={dict(shape)}: sizes must be positive, at most one may be -1 (takes the rest)")
+    if -1 in sizes:
+        rest = int(np.prod([size for size in sizes if size != -1]))
+        if devices.size % rest:
+            raise ValueError(f"config.mesh={dict(shape)}: {devices.size} devices cannot be divided by {rest}")
+        sizes[sizes.index(-1)] = devices.size // rest
+    if int(np.prod(sizes)) != devices.size:
+        raise ValueError(f"config.mesh={dict(zip(AXES, sizes))}: needs {int(np.prod(sizes))} devices, {devices.size} are there")
+    return Mesh(devices.reshape(sizes), AXES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis is split over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def replicate(value: jax.Array, mesh: Mesh) -> jax.Array:
+    """Inside jit: asks for the whole array on every device."""
+    return jax.lax.with_sharding_constraint(value, replicated(mesh))
+
+
+def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Copies host (or device) arrays to every device of the mesh."""
+    sharding = replicated(mesh)
+    return jax.tree.map(lambda leaf: _put(leaf, sharding), tree)
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts this process's rows of a batch on the mesh, split over the batch axes; the result is the global batch."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return {name: jax.device_put(value, sharding) for name, value in batch.items()}
+    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for name, value in batch.items()}
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """Device arrays -> numpy; arrays that are split over processes are gathered first."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        return jax.tree.map(
+            lambda leaf: np.asarray(leaf) if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+            else multihost_utils.process_allgather(leaf, tiled=True), tree)
+    return jax.tree.map(np.asarray, tree)
+
+
+def backbone_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """The sharding of a parameter of the backbone, by the first rule that matches its path.
+
+    Raises:
+        ValueError: "no sharding rule matches the large parameter '...'" for more than 2**20 scalars without a rule.
+    """
+    for pattern, spec in BACKBONE_RULES:
+        if re.search(pattern, path):
+            return NamedSharding(mesh, _fit(spec, shape, mesh))
+    if int(np.prod(shape)) > LARGE:
+        raise ValueError(f"no sharding rule matches the large parameter '{path}' of shape {shape}: add one to core/mesh.py")
+    return replicated(mesh)
+
+
+def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Drops the axes of a spec that do not divide the array's shape (odd widths of small models)."""
+    names = list(spec)[: len(shape)] + [None] * (len(shape) - len(spec))
+    return PartitionSpec(*(axis if axis is None or size % mesh.shape[axis] == 0 else None for axis, size in zip(names, shape)))
+
+
+def _put(leaf, sharding: NamedSharding):
+    if jax.process_count() == 1:
+        return jax.device_put(leaf, sharding)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -1,0 +1,71 @@
+"""The dataclasses that flow between the rooms: what a method sees of a model, an adapter, and the state of a sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What a method knows of a backbone: the linears that it may adapt, and the sizes around them.
+
+    Attributes:
+        layers: number of decoder layers, L.
+        linears: name of a linear -> (d_in, d_out), the same in every layer.
+        width: model width, D (the width of the input embeddings too).
+        vision_width: width of the vision tower's features.
+    """
+
+    layers: int
+    linears: Mapping[str, tuple[int, int]]
+    width: int
+    vision_width: int = 0
+
+    def block_size(self, rank: int) -> int:
+        """Number of parameters in one low-rank block over all layers and linears."""
+        return self.layers * rank * sum(d_in + d_out for d_in, d_out in self.linears.values())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A low-rank adapter as data: arrays that are scanned with the layers, and the pure functions that use them.
+
+    Attributes:
+        leaves: {linear name: {leaf: array[L, ...]}}, scanned together with the backbone's layers.
+        layer: {leaf: array[L, ...]}, leaves that a layer uses once (dropout keys, routers of a layer); may be empty.
+        gates: pytree that every layer sees whole (gates of shape [B, M], the stage's index).
+        delta: (name, leaves, layer_context, gates, x[B, T, d_in]) -> delta[B, T, d_out], added to the linear's output.
+        layer_gate: (layer_leaves, gates, h[B, T, D]) -> layer_context, computed once per layer from the residual
+            stream before the layer; None passes `layer_leaves` through as the context.
+    """
+
+    leaves: PyTree
+    layer: PyTree
+    gates: PyTree
+    delta: Callable = dataclasses.field(metadata=dict(static=True))
+    layer_gate: Callable | None = dataclasses.field(default=None, metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CLState:
+    """Everything a method carries through a sequence of tasks.
+
+    Attributes:
+        params: nested dict of arrays; a mask (`Method.trainable_mask`) says which leaves train in a phase.
+        memory: nested dict of read-only arrays (recall features and targets, Fisher, anchors, teacher).
+        carry: nested dict of small running statistics.
+        stage: int32 scalar, index of the current task counted from 0 (an array, so that one program serves all stages).
+    """
+
+    params: PyTree
+    memory: PyTree
+    carry: PyTree
+    stage: jax.Array

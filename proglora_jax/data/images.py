@@ -1,0 +1,249 @@
+"""From an image file to the model's pixels: CLIP preparation with PIL and numpy, tolerant of what real archives hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from absl import logging
+from PIL import Image, ImageFile
+
+from proglora_jax.data.errors import UserError
+
+# Pillow has no per-call switch. Published archives hold cut-off files; CoIN trains on what could be decoded of them.
+ImageFile.LOAD_TRUNCATED_IMAGES = True
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MODES = ("pad", "crop")
+BAD_IMAGE_POLICIES = ("raise", "blank")
+# Above this ratio only the part that the centre crop keeps is resized: the whole strip might not fit into memory.
+_LONG_STRIP = 8
+# Largest square canvas, in pixels (400 MB); a thin strip that needs more is shrunk before it is padded.
+_LARGEST_CANVAS = 1 << 27
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """What the vision tower wants to see.
+
+    Attributes:
+        size: height and width in pixels.
+        mean: per channel, of values in [0, 1].
+        std: per channel.
+    """
+
+    size: int
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    @classmethod
+    def from_folder(cls, folder: str) -> ImageSpec:
+        """Reads `preprocessor_config.json` or `processor_config.json` of a Hugging Face folder.
+
+        Raises:
+            UserError: "<folder>: holds no preprocessor_config.json or processor_config.json; ..." or "<file>: field ...".
+        """
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            path = os.path.join(folder, name)
+            if not os.path.exists(path):
+                continue
+            try:
+                with open(path, encoding="utf-8") as file:
+                    config = json.load(file)
+                config = config.get("image_processor", config)
+            except (OSError, ValueError, AttributeError) as error:
+                raise UserError(f"{path}: not a readable JSON object; copy it again from the model's folder") from error
+            if "image_mean" in config or "crop_size" in config or "size" in config:
+                return cls(_side(config, path), _triple(config, "image_mean", path), _triple(config, "image_std", path))
+        raise UserError(
+            f"{folder}: holds no preprocessor_config.json or processor_config.json with image settings; copy it from the model's folder"
+        )
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """RGB colour of padding and of images that stand in for unreadable ones: the integer part of 255 * mean."""
+        return tuple(int(255 * m) for m in self.mean)
+
+    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """f32[..., 3] model input of uint8[..., 3] pixels."""
+        scaled = pixels.astype(np.float32)
+        scaled *= np.float32(1 / 255)
+        scaled -= np.asarray(self.mean, np.float32)
+        scaled /= np.asarray(self.std, np.float32)
+        return scaled
+
+
+def _side(config: dict, path: str) -> int:
+    sizes = []
+    for field in ("crop_size", "size"):
+        value = config.get(field)
+        numbers = list(value.values()) if isinstance(value, dict) else [value]
+        sizes += [n for n in numbers if n is not None]
+    if not sizes or any(not isinstance(n, int) or n < 1 or n != sizes[0] for n in sizes):
+        raise UserError(f"{path}: fields size={config.get('size')} and crop_size={config.get('crop_size')} must give one square size")
+    return sizes[0]
+
+
+def _triple(config: dict, field: str, path: str) -> tuple[float, float, float]:
+    value = config.get(field, CLIP_MEAN if field == "image_mean" else CLIP_STD)
+    ok = isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
+    if not ok or (field == "image_std" and min(value) <= 0):
+        raise UserError(f"{path}: field {field}={value} must be three numbers (above 0 for image_std)")
+    return tuple(float(v) for v in value)
+
+
+def load_image(
+    path: str, size: int, mean: tuple[float, float, float] = CLIP_MEAN, std: tuple[float, float, float] = CLIP_STD,
+    mode: str = "pad", on_bad: str = "raise",
+) -> np.ndarray:
+    """Reads one image for the model.
+
+    Args:
+        path: file; its kind is told from its content.
+        size: height and width of the result in pixels.
+        mean, std: per channel.
+        mode: "pad" pastes it centred on a square of the mean colour first; "crop" loses the borders of the longer side.
+        on_bad: "raise", or "blank" for an image of the mean colour (logged).
+
+    Returns:
+        f32[H,W,3].
+
+    Raises:
+        UserError: "<path>: no such image", "<path>: cannot be read as an image (...)", "<path>: has too many pixels ..."
+    """
+    return ImageLoader(ImageSpec(size, tuple(mean), tuple(std)), mode, on_bad)(path)
+
+
+class ImageLoader:
+    """Loads images of one spec and mode, optionally from a bounded cache; safe to share between threads.
+
+    Attributes:
+        spec: the image spec.
+        mode: "pad" or "crop".
+        on_bad: "raise" or "blank".
+        bad: paths that were replaced by a blank image.
+    """
+
+    def __init__(self, spec: ImageSpec, mode: str = "pad", on_bad: str = "raise", cache_bytes: int = 0):
+        """Args: spec, mode, on_bad: as in `load_image`; cache_bytes: memory for prepared uint8 pixels, 0 for none.
+
+        Raises:
+            UserError: "data.image_mode=x: choose one of pad, crop", "data.on_bad_image=x: choose one of raise, blank"
+        """
+        if mode not in MODES:
+            raise UserError(f"data.image_mode={mode}: choose one of {', '.join(MODES)}")
+        if on_bad not in BAD_IMAGE_POLICIES:
+            raise UserError(f"data.on_bad_image={on_bad}: choose one of {', '.join(BAD_IMAGE_POLICIES)}")
+        self.spec, self.mode, self.on_bad, self._cache_bytes = spec, mode, on_bad, cache_bytes
+        self.bad: set[str] = set()
+        self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._used = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, path: str) -> np.ndarray:
+        """f32[H,W,3] of one file; errors as for `load_image`."""
+        return self.spec.normalise(self.pixels(path))
+
+    def pixels(self, path: str) -> np.ndarray:
+        """uint8[H,W,3] of one file, before normalisation."""
+        with self._lock:
+            if path in self._cache:
+                self._cache.move_to_end(path)
+                return self._cache[path]
+        try:
+            pixels = prepare_pixels(open_rgb(path), self.spec.size, self.mode, self.spec.background)
+        except UserError as error:
+            if self.on_bad == "raise":
+                raise
+            with self._lock:
+                if path not in self.bad:
+                    logging.warning("%s A blank image stands in (number %d of this run).", error, len(self.bad) + 1)
+                self.bad.add(path)
+            pixels = np.broadcast_to(np.asarray(self.spec.background, np.uint8), (self.spec.size, self.spec.size, 3))
+        self._remember(path, pixels)
+        return pixels
+
+    def _remember(self, path: str, pixels: np.ndarray) -> None:
+        if pixels.nbytes > self._cache_bytes:
+            return
+        with self._lock:
+            if path not in self._cache:
+                self._used += pixels.nbytes
+            self._cache[path] = pixels
+            while self._used > self._cache_bytes:
+                self._used -= self._cache.popitem(last=False)[1].nbytes
+
+
+def open_rgb(path: str) -> Image.Image:
+    """First frame of an image file as RGB. EXIF rotation is not applied, transparency is ignored: as CoIN does.
+
+    Raises:
+        UserError: "<path>: no such image ...", "<path>: cannot be read as an image (...)", "<path>: has too many pixels ..."
+    """
+    try:
+        with Image.open(path) as image:
+            return _to_rgb(image)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such image; check data.root, download it, or set data.on_bad_image=blank.") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path}: has too many pixels to be opened safely; shrink it, or set data.on_bad_image=blank.") from error
+    except Exception as error:  # decoders raise many kinds for damaged bytes
+        reason = type(error).__name__ if isinstance(error, Image.UnidentifiedImageError) else str(error).split("\n")[0][:120]
+        raise UserError(f"{path}: cannot be read as an image ({reason}); download it again, or set data.on_bad_image=blank.") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # 16-bit grey: keep the high byte. Pillow's own conversion would saturate everything above 255.
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def prepare_pixels(image: Image.Image, size: int, mode: str, background: tuple[int, int, int]) -> np.ndarray:
+    """Pads or not, resizes the shorter side to `size` (bicubic, antialiased), crops the centre.
+
+    Args:
+        image: RGB.
+        size: pixels.
+        mode: "pad" or "crop".
+        background: RGB colour of the padding.
+
+    Returns:
+        uint8[size,size,3].
+
+    Source: CLIP's image processor in its PIL form; CoIN's `image_aspect_ratio=pad`.
+    """
+    width, height = image.size
+    if mode == "pad" and width != height:
+        side = max(width, height)
+        if side * side > _LARGEST_CANVAS and side > _LONG_STRIP * size:
+            scale = _LONG_STRIP * size / side
+            image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BICUBIC)
+            (width, height), side = image.size, max(image.size)
+        canvas = Image.new("RGB", (side, side), background)
+        canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+        image, width, height = canvas, side, side
+    short = min(width, height)
+    new = (size if width == short else int(size * width / short), size if height == short else int(size * height / short))
+    left, top = (new[0] - size) // 2, (new[1] - size) // 2
+    if max(new) > _LONG_STRIP * size:
+        across, down = width / new[0], height / new[1]
+        box = (left * across, top * down, (left + size) * across, (top + size) * down)
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    if image.size != new:
+        image = image.resize(new, Image.Resampling.BICUBIC)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def missing_images(paths: Iterable[str | None]) -> list[str]:
+    """Paths that name no file, each once, in order: the check before a run."""
+    wanted = dict.fromkeys(path for path in paths if path is not None)
+    return [path for path in wanted if not os.path.isfile(path)]

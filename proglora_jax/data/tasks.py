@@ -1,0 +1,234 @@
+"""The table of CoIN's eight tasks, their orders, and the loader that finds a task's files under a data root."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+from proglora_jax.data.errors import UserError
+from proglora_jax.data.schema import Example, Question, read_examples, read_json, read_questions
+
+Record = TypeVar("Record", Example, Question)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One row of the table.
+
+    Attributes:
+        name: name in configs, reports and folders.
+        title: name as the papers print it.
+        folder: folder under `Instructions_<set>`.
+        eval_file: file with the questions that are scored.
+        image_dir: first folder of its image paths under the image root.
+        scorer: name of the scoring rule.
+        coin_image_mode: image preparation at test time in CoIN's scripts, "crop" or "pad".
+        max_new_tokens: cap on generated tokens in CoIN's scripts.
+        auxiliary: ((key, path under the image root), ...) of the files that scoring needs besides the questions.
+    """
+
+    name: str
+    title: str
+    folder: str
+    eval_file: str
+    image_dir: str
+    scorer: str
+    coin_image_mode: str
+    max_new_tokens: int
+    auxiliary: tuple[tuple[str, str], ...] = ()
+
+
+_SCIENCEQA_FILES = (("problems", "ScienceQA/problems.json"), ("pid_splits", "ScienceQA/pid_splits.json"))
+_ROWS = (
+    Task("ScienceQA", "ScienceQA", "ScienceQA", "test.json", "ScienceQA", "scienceqa", "crop", 1024, _SCIENCEQA_FILES),
+    Task("TextVQA", "TextVQA", "TextVQA", "val.json", "TextVQA", "textvqa", "pad", 128,
+         (("annotations", "TextVQA/TextVQA_0.5.1_val.json"),)),
+    Task("ImageNet", "ImageNet", "ImageNet", "test.json", "ImageNet_withlabel", "imagenet", "crop", 1024),
+    Task("GQA", "GQA", "GQA", "test.json", "GQA", "gqa", "pad", 128, (("questions", "GQA/testdev_balanced_questions.json"),)),
+    Task("VizWiz", "VizWiz", "VizWiz", "val.json", "VizWiz", "vizwiz", "pad", 128),
+    Task("Grounding", "Grounding", "Grounding", "test.json", "COCO2014", "grounding", "crop", 1024),
+    Task("VQAv2", "VQAv2", "VQAv2", "val.json", "COCO2014", "vqav2", "crop", 1024),
+    Task("OCRVQA", "OCR-VQA", "OCRVQA", "test.json", "OCR-VQA", "ocrvqa", "pad", 128),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
+
+ORDERS: dict[str, tuple[str, ...]] = {
+    "coin": tuple(TASKS),
+    "alphabet": ("GQA", "Grounding", "ImageNet", "OCRVQA", "ScienceQA", "TextVQA", "VizWiz", "VQAv2"),
+}
+
+# Folders, and suffixes of the files in them, that CoIN used for a set at one time or another; the first one found counts.
+_SET_FOLDERS: dict[str, tuple[tuple[str, str], ...]] = {
+    "Original": (("Instructions_Original", ""), ("Instructions", ""), ("Instructions_Type1", "")),
+    "Diverse": (
+        ("Instructions_Diverse", ""),
+        ("Instructions_Type2", ""),
+        ("Instructions_New", ""),
+        ("Instructions", "_new"),
+        ("Instructions_Original", "_new"),
+    ),
+    "10Type": (("Instructions_10Type", ""),),
+}
+# Other names of an image folder, taken when the usual one is not there.
+_IMAGE_ALIASES = {"ImageNet_withlabel": ("ImageNet",), "OCR-VQA": ("OCRVQA",), "COCO2014": ("COCO", "coco")}
+
+
+def get_task(name: str) -> Task:
+    """The task of that name; case and hyphens do not matter.
+
+    Raises:
+        UserError: "task x: unknown; choose from ScienceQA, TextVQA, ..."
+    """
+    wanted = name.replace("-", "").replace("_", "").lower()
+    for task in _ROWS:
+        if task.name.lower() == wanted:
+            return task
+    raise UserError(f"task {name}: unknown; choose from {', '.join(TASKS)}")
+
+
+def task_order(order: str | Sequence[str]) -> tuple[str, ...]:
+    """Task names in training order: a named order (coin, alphabet) or a list of names.
+
+    Raises:
+        UserError: "data.tasks: ..." for an unknown name, an empty list or a task that is named twice.
+    """
+    if isinstance(order, str):
+        if order not in ORDERS:
+            raise UserError(f"data.tasks={order}: unknown order; choose {', '.join(ORDERS)} or give a list of task names")
+        return ORDERS[order]
+    names = tuple(get_task(name).name for name in order)
+    if not names:
+        raise UserError("data.tasks: the list is empty; name at least one task")
+    if len(set(names)) < len(names):
+        raise UserError(f"data.tasks={', '.join(names)}: a task is named twice; name each task once")
+    return names
+
+
+class TaskData:
+    """A task's records, read when first asked for.
+
+    Attributes:
+        task: the table row.
+        folder: folder with the task's JSON files.
+        suffix: what stands before `.json` in their names ("" or "_new").
+        image_root: folder that image paths are relative to.
+    """
+
+    def __init__(self, task: Task, folder: str, suffix: str, image_root: str):
+        self.task, self.folder, self.suffix, self.image_root = task, folder, suffix, image_root
+
+    def path(self, file: str) -> str:
+        """Path of `train.json`, `test.json` or `val.json` of this task."""
+        stem, extension = os.path.splitext(file)
+        aliased = os.path.join(self.folder, stem + self.suffix + extension)
+        return aliased if os.path.exists(aliased) else os.path.join(self.folder, file)
+
+    @cached_property
+    def train(self) -> list[Example]:
+        """Training examples in file order. Raises: UserError as `read_examples` does."""
+        return read_examples(self.path("train.json"), self.task.name, self.image_root, self._image_aliases())
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        """Evaluation questions in file order. Raises: UserError as `read_questions` does."""
+        return read_questions(self.path(self.task.eval_file), self.task.name, self.image_root, self._image_aliases())
+
+    @cached_property
+    def auxiliary(self) -> dict[str, object]:
+        """Parsed auxiliary files by key. Raises: UserError as `load_auxiliary` does."""
+        return _read_auxiliary(self.task, self.image_root)
+
+    def _image_aliases(self) -> dict[str, str]:
+        usual = self.task.image_dir
+        if os.path.isdir(os.path.join(self.image_root, usual)):
+            return {}
+        found = (alias for alias in _IMAGE_ALIASES.get(usual, ()) if os.path.isdir(os.path.join(self.image_root, alias)))
+        return {usual: alias for alias in found}
+
+
+def load_task(root: str, task: str, instruction_set: str = "Original") -> TaskData:
+    """Finds a task's files under a data root; nothing is read yet.
+
+    Args:
+        root: holds `playground/Instructions_*` (or `Instructions_*`) and `cl_dataset`.
+        task: task name.
+        instruction_set: Original, Diverse or 10Type.
+
+    Raises:
+        UserError: "<root>: no folder for task GQA of instruction set Original; looked for ..."
+    """
+    row = get_task(task)
+    if instruction_set not in _SET_FOLDERS:
+        raise UserError(f"data.instruction_set={instruction_set}: unknown; choose one of {', '.join(_SET_FOLDERS)}")
+    looked = []
+    for name, suffix in _SET_FOLDERS[instruction_set]:
+        for base in (os.path.join(root, "playground"), root):
+            folder = os.path.join(base, name, row.folder)
+            looked.append(folder)
+            present = [file for file in ("train", os.path.splitext(row.eval_file)[0])
+                       if os.path.exists(os.path.join(folder, f"{file}{suffix}.json"))]
+            if present:
+                return TaskData(row, folder, suffix, _image_root(root))
+    raise UserError(
+        f"{root}: no files for task {row.name} of instruction set {instruction_set}; looked for train.json or {row.eval_file} in "
+        f"{', '.join(looked[:4])}; set data.root to the folder that holds playground/ and cl_dataset/"
+    )
+
+
+def load_auxiliary(root: str, task: str) -> dict[str, object]:
+    """Parsed auxiliary files of a task by key.
+
+    Keys: ScienceQA `problems` (pid -> problem) and `pid_splits` (split -> pids); TextVQA `annotations` (with a `data`
+    list, ten answers each); GQA `questions` (question id -> question); {} for every other task.
+
+    Raises:
+        UserError: "<path>: no such file ..." and the other sentences of `read_json`, or "<path>: must hold a JSON object".
+    """
+    return _read_auxiliary(get_task(task), _image_root(root))
+
+
+def _read_auxiliary(task: Task, image_root: str) -> dict[str, object]:
+    contents = {}
+    for key, relative in task.auxiliary:
+        path = os.path.join(image_root, relative)
+        contents[key] = read_json(path)
+        if not isinstance(contents[key], dict):
+            raise UserError(f"{path}: must hold a JSON object, not {type(contents[key]).__name__}; download the file again")
+    return contents
+
+
+def _image_root(root: str) -> str:
+    folder = os.path.join(root, "cl_dataset")
+    return folder if os.path.isdir(folder) else root
+
+
+def select_subset(records: Sequence[Record], size: int, seed: int = 0) -> list[Record]:
+    """A subset that depends on record ids and seed only, not on file order; kept in file order.
+
+    The records with the smallest hash of (seed, id) are taken, so a larger subset contains a smaller one.
+
+    Args:
+        records: examples or questions.
+        size: how many; 0 or more than there are means all.
+        seed: any integer.
+
+    Raises:
+        UserError: "subset size -1: must be 0 (all) or more"
+    """
+    if size < 0:
+        raise UserError(f"subset size {size}: must be 0 (all) or more")
+    if size == 0 or size >= len(records):
+        return list(records)
+    seen: Counter[str] = Counter()
+    keys = []
+    for position, record in enumerate(records):
+        # Repeated ids are told apart by how often they have come before.
+        text = f"{seed}:{record.id}:{seen[record.id]}"
+        seen[record.id] += 1
+        keys.append((hashlib.sha256(text.encode()).digest(), position))
+    return [records[position] for position in sorted(position for _, position in sorted(keys)[:size])]

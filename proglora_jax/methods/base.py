@@ -1,0 +1,256 @@
+"""What a method is: a frozen dataclass of hyper-parameters with pure hooks; the defaults make plain LoRA a short file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proglora_jax.adapters import lowrank
+from proglora_jax.core import tree as trees
+from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
+from proglora_jax.data.errors import UserError
+
+ADAPTER, GATE, PROJECTOR = "adapter", "gate", "mm_projector"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GateInputs:
+    """What gates and extra losses may look at in a batch.
+
+    Attributes:
+        embeddings: [B, T, D] input embeddings, image features in place.
+        segments: i8[B, T] segment codes of data/batch.py.
+        task_id: i32[B]; only methods that declare `uses_task_id` may read it.
+        stage: i32[] index of the current task.
+        progress: f32[] share of the phase's steps done, 1 outside training.
+        training: whether this is a training step (static).
+        routed: [B, T, D] hidden states that route where `routing_layer` > 0, else None.
+    """
+
+    embeddings: jax.Array
+    segments: jax.Array
+    task_id: jax.Array
+    stage: jax.Array
+    progress: jax.Array
+    training: bool = dataclasses.field(metadata=dict(static=True))
+    routed: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskInfo:
+    """The current task as a method sees it (host side).
+
+    Attributes:
+        index: place in the sequence, from 0.
+        name: the task's name.
+        total: number of tasks in the sequence.
+        size: number of training examples.
+        similarity: f32[index] similarity to each earlier task in [0, 1] (empty for the first).
+        seed: the run's seed.
+    """
+
+    index: int
+    name: str
+    total: int
+    size: int
+    similarity: np.ndarray
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One training phase of a stage; every phase sees the stage's data once per epoch."""
+
+    name: str = "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """Which old examples are mixed into a stage's data.
+
+    Attributes:
+        counts: examples of each earlier task.
+        weight: loss weight of a replayed example.
+        mix: "concat" (shuffled into the data) or "separate_batch" (own rows in each batch, own mean, added to the loss).
+        share: share of a batch's rows that "separate_batch" gives to replay.
+    """
+
+    counts: tuple[int, ...]
+    weight: float
+    mix: str
+    share: float = 0.25
+
+
+Probe = Callable[[CLState, np.ndarray], dict[str, np.ndarray]]
+
+
+def pooled_delta(name, leaves, context, gates, x, *, scale: float, mix: str, rate: float):
+    """`Adapter.delta` of every method with a pool: dropout on the adapter's input, then the fused pair."""
+    if rate and context:
+        key = trees.fold_in_name(context["dropout_key"], name)
+        x = lowrank.dropout(key, x, rate)
+    pool = leaves.get("pool_a", jnp.zeros((x.shape[-1], 0), jnp.float32)), leaves.get("pool_b", jnp.zeros((0, leaves["b"].shape[-1]), jnp.float32))
+    return lowrank.pooled_low_rank(x, *pool, gates["pool"], leaves["a"], leaves["b"], gates["new"], scale, mix)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Hyper-parameters and hooks of a method; every hook is a pure function of its arguments.
+
+    Attributes:
+        rank: ranks of one block, r.
+        alpha: the delta is scaled by alpha / rank.
+        dropout: rate on the adapter's input while training.
+        a_init: "normal001" or "kaiming", see `lowrank.init_block`.
+        train_mm_projector: whether the mm_projector trains and is carried from stage to stage.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    a_init: str = "normal001"
+    train_mm_projector: bool = True
+
+    name: ClassVar[str] = "base"
+    uses_task_id: ClassVar[bool] = False
+    keeps_forward: ClassVar[bool] = True
+    routing_layer: ClassVar[int] = 0
+
+    def __post_init__(self):
+        require(self.rank >= 1, "rank", self.rank, "rank must be >= 1 (ProgLoRA uses 16)")
+        require(self.alpha > 0, "alpha", self.alpha, "alpha must be positive (2 * rank in the papers)")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "dropout must be in [0, 1)")
+        require_choice("a_init", self.a_init, ("normal001", "kaiming"))
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, the factor on every delta."""
+        return self.alpha / self.rank
+
+    def init(self, targets: Targets, projector: PyTree, total: int, seed: int) -> CLState:
+        """State before the first task: one block and the backbone's projector."""
+        del total
+        block = lowrank.init_block(trees.named_generator(seed, "block", 0), targets, self.rank, self.a_init)
+        return CLState({"block": block, "mm_projector": projector}, {}, {}, jnp.int32(0))
+
+    def start_task(self, state: CLState, info: TaskInfo, probe: Probe | None) -> CLState:
+        """State with which the task's training begins; for LoRA the same parameters go on."""
+        del probe
+        return dataclasses.replace(state, stage=jnp.int32(info.index))
+
+    def phases(self, info: TaskInfo) -> tuple[Phase, ...]:
+        """The training phases of a stage, in order."""
+        del info
+        return (Phase(),)
+
+    def trainable(self, info: TaskInfo) -> tuple[str, ...]:
+        """Prefixes of the parameter paths that train in this stage, the mm_projector aside."""
+        del info
+        return ("block",)
+
+    def trainable_mask(self, state: CLState, info: TaskInfo) -> dict[str, bool]:
+        """{path: whether it trains} over the leaves of `state.params`."""
+        prefixes = self.trainable(info) + ((PROJECTOR,) if self.train_mm_projector else ())
+        return trees.mask_by_prefix(state.params, prefixes)
+
+    def group(self, path: str) -> str:
+        """The learning-rate group of a parameter: "adapter", "gate" or "mm_projector"."""
+        return PROJECTOR if path.startswith(PROJECTOR) else ADAPTER
+
+    def gate_multiplier(self) -> float:
+        """Factor on the learning rate of the group "gate"."""
+        return 1.0
+
+    def gates(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> PyTree:
+        """Gates of a batch: {"pool": f32[B|1, 1, C*r], "new": f32[B|1, 1, r], "blocks": f32[B|1, M]}."""
+        del params, memory, inputs
+        return {"pool": jnp.zeros((1, 1, 0), jnp.float32), "new": jnp.ones((1, 1, self.rank), jnp.float32), "blocks": jnp.ones((1, 1), jnp.float32)}
+
+    def leaves(self, params: PyTree) -> PyTree:
+        """{linear: leaves} of the adapter, scanned with the layers."""
+        return {name: dict(leaf) for name, leaf in params["block"].items()}
+
+    def adapter(self, params: PyTree, gates: PyTree, key: jax.Array | None) -> Adapter | None:
+        """The adapter of a forward pass; `key` switches dropout on."""
+        leaves = self.leaves(params)
+        rate = self.dropout if key is not None else 0.0
+        layers = jax.tree.leaves(leaves)[0].shape[0]
+        layer = {"dropout_key": jax.random.split(key, layers)} if rate else {}
+        return Adapter(leaves, layer, gates, partial(pooled_delta, scale=self.scale, mix=self.mix(), rate=rate))
+
+    def mix(self) -> str:
+        """How blocks are fused, see `lowrank.mix_ranks`."""
+        return "delta"
+
+    def extra_loss(self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """A loss added to the cross-entropy of each micro-batch, and what to log of it."""
+        del params, memory, inputs, key
+        return jnp.float32(0), {}
+
+    def probe(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> dict[str, jax.Array]:
+        """What `end_task` and `start_task` may ask of training samples: {name: f32[B, ...]}."""
+        del params, memory, inputs
+        return {}
+
+    def end_task(self, state: CLState, info: TaskInfo, probe: Probe) -> CLState:
+        """State after the stage's training: memories and statistics of the task."""
+        del info, probe
+        return state
+
+    def replay(self, info: TaskInfo) -> Replay | None:
+        """Old examples to train on in this stage, or None."""
+        del info
+        return None
+
+    def to_disk(self, state: CLState) -> dict[str, Any]:
+        """What the stage's checkpoint holds; merged over the stages (later leaves win) it restores the state."""
+        return {"params": state.params}
+
+    def from_disk(self, tree: Mapping[str, Any], fresh: CLState, stage: int) -> CLState:
+        """The state at the end of a stage from the merged trees of all stages up to it; `fresh` is what `init` returned."""
+        return dataclasses.replace(fresh, params=tree["params"], stage=jnp.int32(stage))
+
+    def fold(self, state: CLState, task: int) -> PyTree:
+        """One low-rank adapter {linear: {"a": [L, d_in, R], "b": [L, R, d_out]}} equal to the method for a task, scale folded into b.
+
+        Raises:
+            ValueError: with the reason, where the gates depend on the input.
+        """
+        del task
+        return {name: {"a": leaf["a"], "b": leaf["b"] * self.scale} for name, leaf in state.params["block"].items()}
+
+
+def require(holds: bool, field: str, value: object, sentence: str) -> None:
+    """Raises UserError "config.method.<field>=<value>: <sentence>" unless the condition holds."""
+    if not holds:
+        raise UserError(f"config.method.{field}={value}: {sentence}")
+
+
+def require_choice(field: str, value: object, choices: tuple) -> None:
+    """Raises UserError unless the value is one of the choices."""
+    require(value in choices, field, repr(value), f"must be one of {', '.join(map(repr, choices))}")
+
+
+def check_contract(method: Method, before: CLState | None, state: CLState, info: TaskInfo) -> dict[str, bool]:
+    """Checks a state at the start of a stage and returns its trainable mask.
+
+    Raises:
+        ValueError: "the method <name> trains nothing in stage <i>" or a mask whose paths are not those of the parameters.
+    """
+    mask = method.trainable_mask(state, info)
+    trainable, frozen = trees.partition(state.params, mask)
+    if method.phases(info) and not trees.flatten(trainable):
+        raise ValueError(f"the method {method.name} trains nothing in stage {info.index + 1} ({info.name}): its trainable mask is empty")
+    if int(state.stage) != info.index:
+        raise ValueError(f"the method {method.name} left stage {int(state.stage)} in its state at stage {info.index}")
+    if before is not None and set(trees.flatten(before.params)) - set(mask):
+        raise ValueError(f"the method {method.name} lost parameters at the start of stage {info.index + 1}")
+    del frozen
+    return mask

@@ -1,0 +1,265 @@
+"""ProgLoRA (dynamic): a query projector and one key per block gate the pool by instruction; a recall loss pins old gates."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proglora_jax.adapters import gates as gating
+from proglora_jax.core import tree as trees
+from proglora_jax.core.types import CLState, PyTree, Targets
+from proglora_jax.data import batch as segments
+from proglora_jax.data import replay
+from proglora_jax.methods.base import ADAPTER, GATE, PROJECTOR, GateInputs, Probe, TaskInfo, require, require_choice
+from proglora_jax.methods.pooled import Pooled
+
+ROUTING_TOKENS = ("instruction", "text_prompt", "multimodal_prompt", "released_code")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgLoRADynamic(Pooled):
+    """y = W x + s sum_n w_n B_n A_n x with w = softmax(<Proj(max-pooled instruction), key_n> / tau), one w per sample.
+
+    Attributes:
+        routing_tokens: positions that the feature is pooled over; "released_code" includes answers while training.
+        routing_layer: 0 pools the input embeddings, k the frozen backbone's hidden states after k layers.
+        routing_decode: "prefill_cached" (gates of the prompt serve all new tokens) or "per_token" (the released code's).
+        split_max_quirk: the released code's two separately shifted groups of logits.
+        temperature: "sqrt_d" or a number; the logits are divided by it.
+        proj_variant: "paper" or "code", see `gates.query_projector`.
+        proj_width: d_p, inner width of the query projector (256 reproduces the published parameter count).
+        key_init: "fresh_xavier", "copy_prev" (the released loader's effect) or "mean_feature" (normalised mean query).
+        key_scale: factor on a fresh key.
+        train_old_keys: whether the keys of earlier blocks go on training.
+        gate_bonus: bonus on the newest block's logit while it trains, falling linearly to 0; 0 is the paper.
+        gate_bonus_fraction: share of the stage's steps after which the bonus is gone.
+        gate_lr_multiplier: learning rate of query projector and keys over that of the blocks.
+        recall_enabled: whether the recall loss is added.
+        recall_weight: lambda.
+        recall_per_task: phi, memory samples of an old task that has nothing in common with the new one.
+        recall_count: "similarity", "fixed" or "random_phi", see ProgLoRAStatic.
+        recall_kl: "target_pred" or "pred_target_eps", see `gates.recall_divergence`.
+        recall_reduction: "mean" or "sum" over the memory's samples.
+        recall_batch: memory samples per step; 0 uses all.
+        recall_targets: "stored" (gates at the end of the old task) or "recompute" (by the projector kept from then).
+
+    Source: ProgLoRA (Findings of ACL 2025), section 3.3, Eqs. 5-8. Where the released code differs (no recall, split
+    softmax, gates from answers, old keys lost) the paper is followed; flags reproduce what can be reproduced.
+    """
+
+    routing_tokens: str = "instruction"
+    routing_layer: int = 0
+    routing_decode: str = "prefill_cached"
+    split_max_quirk: bool = False
+    temperature: str = "sqrt_d"
+    proj_variant: str = "paper"
+    proj_width: int = 256
+    key_init: str = "fresh_xavier"
+    key_scale: float = 1.0
+    train_old_keys: bool = False
+    gate_bonus: float = 0.0
+    gate_bonus_fraction: float = 0.5
+    gate_lr_multiplier: float = 1.0
+    recall_enabled: bool = True
+    recall_weight: float = 2.0
+    recall_per_task: int = 200
+    recall_count: str = "similarity"
+    recall_kl: str = "target_pred"
+    recall_reduction: str = "mean"
+    recall_batch: int = 0
+    recall_targets: str = "stored"
+
+    name: ClassVar[str] = "proglora_dynamic"
+    keeps_forward: ClassVar[bool] = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_choice("routing_tokens", self.routing_tokens, ROUTING_TOKENS)
+        require(self.routing_layer >= 0, "routing_layer", self.routing_layer, "must be 0 (input embeddings) or a number of layers")
+        require_choice("routing_decode", self.routing_decode, ("prefill_cached", "per_token"))
+        require_choice("proj_variant", self.proj_variant, ("paper", "code"))
+        require(self.proj_width >= 1, "proj_width", self.proj_width, "must be >= 1 (256 reproduces the published count)")
+        require_choice("key_init", self.key_init, ("fresh_xavier", "copy_prev", "mean_feature"))
+        require_choice("recall_count", self.recall_count, ("similarity", "fixed", "random_phi"))
+        require_choice("recall_kl", self.recall_kl, ("target_pred", "pred_target_eps"))
+        require_choice("recall_reduction", self.recall_reduction, ("mean", "sum"))
+        require_choice("recall_targets", self.recall_targets, ("stored", "recompute"))
+        require(self.recall_per_task >= 0, "recall_per_task", self.recall_per_task, "must be >= 0 (200 in the paper)")
+        require(self.recall_batch >= 0, "recall_batch", self.recall_batch, "must be 0 (all) or a number of samples")
+        require(0 < self.gate_bonus_fraction <= 1, "gate_bonus_fraction", self.gate_bonus_fraction, "must be in (0, 1]")
+        self._temperature(1)
+
+    def _temperature(self, width: int) -> float:
+        if self.temperature == "sqrt_d":
+            return float(np.sqrt(width))
+        try:
+            value = float(self.temperature)
+        except ValueError:
+            value = 0.0
+        require(value > 0, "temperature", repr(self.temperature), "must be 'sqrt_d' or a positive number")
+        return value
+
+    def init(self, targets: Targets, projector: PyTree, total: int, seed: int) -> CLState:
+        """Pool, first key, query projector, and an empty memory of fixed size."""
+        state = super().init(targets, projector, total, seed)
+        width, phi = targets.width, max(self.recall_per_task, 1)
+        routing = {
+            "key": gating.init_key(trees.named_generator(seed, "key", 0), width, self.key_scale),
+            "keys": jnp.zeros((total, width), jnp.float32),
+            "query_projector": gating.init_query_projector(trees.named_generator(seed, "query_projector"), width, self.proj_width),
+        }
+        memory = {
+            "features": jnp.zeros((total, phi, width), jnp.float32),
+            "targets": jnp.zeros((total, phi, total), jnp.float32),
+            "mask": jnp.zeros((total, phi), jnp.float32),
+        }
+        return dataclasses.replace(state, params=state.params | routing, memory=memory)
+
+    def start_task(self, state: CLState, info: TaskInfo, probe: Probe | None) -> CLState:
+        """Grows the pool, freezes the last key, makes a new one, and says which stored samples count in this stage."""
+        state = super().start_task(state, info, probe)
+        if info.index == 0:
+            return state
+        params = state.params
+        keys = params["keys"].at[info.index - 1].set(params["key"])
+        state = dataclasses.replace(state, params=params | {"keys": keys, "key": self._new_key(state, info, probe)})
+        memory = state.memory | {"mask": self._counted(info)}
+        if self.recall_targets == "recompute":
+            memory["targets"] = self._recomputed(state, info)
+        return dataclasses.replace(state, memory=memory)
+
+    def _new_key(self, state: CLState, info: TaskInfo, probe: Probe | None) -> jax.Array:
+        if self.key_init == "copy_prev":
+            return state.params["key"]
+        if self.key_init == "fresh_xavier":
+            width = state.params["key"].shape[0]
+            return jnp.asarray(gating.init_key(trees.named_generator(info.seed, "key", info.index), width, self.key_scale))
+        query = probe(state, replay.replay_indices(info.size, max(self.recall_per_task, 1), info.seed, info.name))["h"].mean(0)
+        return jnp.asarray(self.key_scale * query / np.maximum(np.linalg.norm(query), 1e-6), jnp.float32)
+
+    def _counted(self, info: TaskInfo) -> jax.Array:
+        similarity = info.similarity if self.recall_count == "similarity" else np.zeros(info.index)
+        mask = np.zeros((info.total, max(self.recall_per_task, 1)), np.float32)
+        for task, value in enumerate(similarity):
+            mask[task, : replay.replay_count(float(value), self.recall_per_task)] = 1.0
+        return jnp.asarray(mask)
+
+    def _recomputed(self, state: CLState, info: TaskInfo) -> jax.Array:
+        targets = state.memory["targets"]
+        for task in range(info.index):
+            projector = state.memory["projectors"][f"task_{task:02d}"]
+            logits = self._logits(state.params | {"query_projector": projector}, state.memory["features"][task], jnp.int32(info.index))
+            targets = targets.at[task].set(gating.block_softmax(logits, jnp.int32(task)))
+        return targets
+
+    def trainable(self, info: TaskInfo) -> tuple[str, ...]:
+        """The new block, its key, the query projector (and old keys by flag)."""
+        return ("block", "key", "query_projector") + (("keys",) if self.train_old_keys else ())
+
+    def group(self, path: str) -> str:
+        """Keys and the query projector are the group "gate"."""
+        if path.startswith(PROJECTOR):
+            return PROJECTOR
+        return GATE if path.split("/")[0] in ("key", "keys", "query_projector") else ADAPTER
+
+    def gate_multiplier(self) -> float:
+        """Learning rate of the group "gate" over that of the blocks."""
+        return self.gate_lr_multiplier
+
+    def route(self, inputs: GateInputs) -> jax.Array:
+        """The pooled feature z f32[B, D] of a batch, by `routing_tokens` and `routing_layer`."""
+        x = inputs.embeddings if inputs.routed is None else inputs.routed
+        codes = {
+            "instruction": (segments.INSTRUCTION,),
+            "text_prompt": (segments.TEMPLATE, segments.INSTRUCTION),
+            "multimodal_prompt": (segments.TEMPLATE, segments.INSTRUCTION, segments.IMAGE),
+            "released_code": (segments.TEMPLATE, segments.INSTRUCTION, segments.IMAGE, segments.ANSWER),
+        }[self.routing_tokens]
+        mask = jnp.isin(inputs.segments, jnp.asarray(codes, inputs.segments.dtype))
+        z = gating.route_feature(x, mask)
+        if self.routing_tokens == "released_code":
+            count = mask.sum(1)
+            z = jnp.where((count < count.max())[:, None], jnp.maximum(z, 0.0), z)  # pad rows are zero vectors there
+        return z
+
+    def _logits(self, params: PyTree, z: jax.Array, stage: jax.Array) -> jax.Array:
+        h = gating.query_projector(params["query_projector"], z, self.proj_variant)
+        old = params["keys"] if self.train_old_keys else jax.lax.stop_gradient(params["keys"])
+        newest = (jnp.arange(old.shape[0]) == stage)[:, None]
+        keys = jnp.where(newest, params["key"][None], old)  # [M, D]
+        return (h @ keys.T) / self._temperature(z.shape[-1])
+
+    def weights(self, params: PyTree, z: jax.Array, stage: jax.Array, bonus: jax.Array | float = 0.0) -> jax.Array:
+        """f32[B, M] gates of features z f32[B, D]; `bonus` is added to the newest block's logit."""
+        logits = self._logits(params, z, stage)
+        logits = logits + bonus * (jnp.arange(logits.shape[-1]) == stage)
+        return gating.split_max_softmax(logits, stage) if self.split_max_quirk else gating.block_softmax(logits, stage)
+
+    def gates(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> PyTree:
+        """One softmax over the blocks learned so far, per sample."""
+        bonus = 0.0
+        if inputs.training and self.gate_bonus:
+            bonus = gating.newest_bonus(self.gate_bonus, self.gate_bonus_fraction, inputs.progress)
+        return self.split_gates(params, self.weights(params, self.route(inputs), inputs.stage, bonus), inputs.stage)
+
+    def extra_loss(self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array):
+        """lambda * KL between the stored gates of old samples and what the router now gives their features."""
+        if not self.recall_enabled:
+            return jnp.float32(0), {}
+        features, targets, mask = memory["features"], memory["targets"], memory["mask"]
+        if self.recall_batch:
+            draw = jax.random.uniform(key, mask.shape) + mask  # counted samples first
+            pick = jax.lax.top_k(draw.reshape(-1), min(self.recall_batch, mask.size))[1]
+            features, targets = features.reshape(1, -1, features.shape[-1])[:, pick], targets.reshape(1, -1, targets.shape[-1])[:, pick]
+            mask = mask.reshape(1, -1)[:, pick]
+        logits = self._logits(params, features, inputs.stage)
+        recall = gating.recall_divergence(logits, targets, mask, inputs.stage, self.recall_kl, self.recall_reduction)
+        return self.recall_weight * recall, {"recall": recall}
+
+    def probe(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> dict[str, jax.Array]:
+        """Feature z, query h and gates w of training samples."""
+        z = self.route(inputs)
+        h = gating.query_projector(params["query_projector"], z, self.proj_variant)
+        return {"z": z, "h": h, "w": self.weights(params, z, inputs.stage)}
+
+    def end_task(self, state: CLState, info: TaskInfo, probe: Probe) -> CLState:
+        """Stores features and gates of phi random samples, as the router is now."""
+        if not self.recall_per_task:
+            return state
+        rows = replay.replay_indices(info.size, self.recall_per_task, info.seed, info.name)
+        seen, count = probe(state, rows), len(rows)
+        memory = dict(state.memory)
+        memory["features"] = memory["features"].at[info.index, :count].set(seen["z"])
+        memory["targets"] = memory["targets"].at[info.index, :count].set(seen["w"])
+        if self.recall_targets == "recompute":
+            kept = {f"task_{info.index:02d}": state.params["query_projector"]}
+            memory["projectors"] = memory.get("projectors", {}) | kept
+        return dataclasses.replace(state, memory=memory)
+
+    def to_disk(self, state: CLState):
+        """The new block, keys, query projector, and the memory of this task."""
+        stage = int(state.stage)
+        memory = {f"task_{stage:02d}": {name: state.memory[name][stage] for name in ("features", "targets")}}
+        tree = super().to_disk(state) | {"memory": memory}
+        if self.recall_targets == "recompute" and "projectors" in state.memory:
+            tree["projectors"] = {f"task_{stage:02d}": state.memory["projectors"][f"task_{stage:02d}"]}
+        return tree
+
+    def from_disk(self, tree, fresh: CLState, stage: int) -> CLState:
+        """Pool, keys, query projector, and the memories of all tasks so far."""
+        state = super().from_disk(tree, fresh, stage)
+        memory = dict(fresh.memory)
+        for task in range(stage + 1):
+            for name in ("features", "targets"):
+                memory[name] = jnp.asarray(memory[name]).at[task].set(tree["memory"][f"task_{task:02d}"][name])
+        if "projectors" in tree:
+            memory["projectors"] = tree["projectors"]
+        return dataclasses.replace(state, memory=memory)
+
+    def fold(self, state: CLState, task: int) -> PyTree:
+        """Not possible: the gates depend on each sample's instruction."""
+        raise ValueError(f"{self.name} cannot be folded into one adapter: its gates are computed from each sample's instruction")

@@ -1,0 +1,168 @@
+"""Linear layers, norms, rotary positions and attention, and the one rule on number formats that all models follow.
+
+The rule: the dtype of the activations is the compute dtype. Parameters may be stored in any dtype and are cast to the activations'
+dtype where they are used. Norms, softmax, rotations and activation functions are computed in float32 and cast back; logits and
+attention scores leave their matmul in float32 (`preferred_element_type`). Nothing else changes a dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# (shape, kind) -> array or jax.ShapeDtypeStruct; kind is "kernel", "embedding", "ones" or "zeros".
+Make = Callable
+
+ATTENTION = ("xla", "cudnn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a model computes; static, so that a change of settings is a new compile.
+
+    Attributes:
+        dtype: compute dtype by name, "float32" or "bfloat16".
+        attention: implementation by name, "xla" (runs everywhere) or "cudnn" (NVIDIA GPUs, bfloat16, head width a multiple of 8).
+        unroll: layers in one turn of the loop over layers.
+    """
+
+    dtype: str = "float32"
+    attention: str = "xla"
+    unroll: int = 1
+
+    def __post_init__(self):
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention={self.attention!r} is unknown: choose one of {', '.join(ATTENTION)}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={self.dtype!r} is unknown: choose float32, bfloat16 or float16")
+
+
+def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """y = x W + b in x's dtype.
+
+    Args:
+        x: [..., d_in].
+        kernel: [d_in, d_out], any float dtype.
+        bias: [d_out] or None.
+
+    Returns:
+        [..., d_out] in x's dtype.
+    """
+    y = jnp.dot(x, kernel.astype(x.dtype))
+    return y if bias is None else y + bias.astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """A linear layer with a kernel [d_in, d_out] and, where asked for, a bias [d_out]."""
+
+    def __init__(self, make: Make, d_in: int, d_out: int, *, bias: bool = False):
+        self.kernel = nnx.Param(make((d_in, d_out), "kernel"))
+        self.bias = nnx.Param(make((d_out,), "zeros")) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x[..., d_in] to [..., d_out]."""
+        return dense(x, self.kernel[...], None if self.bias is None else self.bias[...])
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square norm with a scale and no bias. Source: LLaMA; the scale multiplies in float32."""
+
+    def __init__(self, make: Make, width: int, eps: float):
+        self.scale = nnx.Param(make((width,), "ones"))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises x[..., D] over its last axis."""
+        full = x.astype(jnp.float32)
+        full = full * jax.lax.rsqrt(jnp.mean(jnp.square(full), axis=-1, keepdims=True) + self.eps)
+        return (full * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias."""
+
+    def __init__(self, make: Make, width: int, eps: float):
+        self.scale = nnx.Param(make((width,), "ones"))
+        self.bias = nnx.Param(make((width,), "zeros"))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises x[..., D] over its last axis."""
+        full = x.astype(jnp.float32)
+        full = full - jnp.mean(full, axis=-1, keepdims=True)
+        full = full * jax.lax.rsqrt(jnp.mean(jnp.square(full), axis=-1, keepdims=True) + self.eps)
+        full = full * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return full.astype(x.dtype)
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """An activation function by its name in HF configs, computed in float32.
+
+    Raises:
+        ValueError: "activation '<name>' is not supported: choose one of gelu, ..."
+    """
+    table = {
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+        "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+        "silu": jax.nn.silu,
+    }
+    if name not in table:
+        raise ValueError(f"activation {name!r} is not supported: choose one of {', '.join(table)}")
+    return lambda x: table[name](x.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary position embedding, in HF's layout (the two halves of a head form the pairs).
+
+    Args:
+        positions: i32[B, T] (B may be 1 where all rows agree).
+        head_dim: head width H, even.
+        theta: base of the frequencies.
+
+    Returns:
+        (cos, sin), each f32[B, T, 1, H].
+    """
+    frequencies = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+    angles = positions.astype(jnp.float32)[..., None] * frequencies  # [B, T, H/2]
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]  # [B, T, 1, H]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Applies the rotary position embedding to x[B, T, N, H], in float32."""
+    full = x.astype(jnp.float32)
+    first, second = jnp.split(full, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (full * cos + turned * sin).astype(x.dtype)
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    implementation: str = "xla",
+    causal: bool = False,
+    key_lengths: jax.Array | None = None,
+) -> jax.Array:
+    """Scaled dot product attention; grouped where there are fewer key-value heads than query heads.
+
+    Args:
+        query: [B, T, N, H].
+        key: [B, S, K, H] with N a multiple of K.
+        value: [B, S, K, H].
+        implementation: "xla" or "cudnn".
+        causal: query t sees keys 0..t only.
+        key_lengths: i32[B], keys from this index on are hidden; None shows all.
+
+    Returns:
+        [B, T, N, H] in query's dtype.
+    """
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=causal, key_value_seq_lengths=key_lengths, implementation=implementation
+    )

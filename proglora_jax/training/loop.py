@@ -1,0 +1,159 @@
+"""The loop of a training phase: batches in, steps dispatched a little ahead, lines logged, progress saved, stops obeyed."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from proglora_jax.core import mesh as meshes
+from proglora_jax.core.types import PyTree
+from proglora_jax.data.errors import UserError
+from proglora_jax.methods.base import ADAPTER, Method
+from proglora_jax.training import optim
+from proglora_jax.training.log import RunLogger
+from proglora_jax.training.settings import TrainSettings
+
+IN_FLIGHT = 2
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its progress."""
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGINT came, so that the loops can save and leave between two steps."""
+
+    def __init__(self):
+        self.requested = False
+
+    def install(self) -> StopSignal:
+        """Starts listening; a second signal ends the process at once."""
+
+        def note(number, _frame):
+            if self.requested:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self.requested = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, note)
+        return self
+
+
+@dataclasses.dataclass
+class PhaseState:
+    """What a phase changes: trainable parameters, optimizer state, and steps done."""
+
+    trainable: PyTree
+    optimizer: PyTree
+    step: int = 0
+    loss: float = math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class PhasePlan:
+    """What a phase is given.
+
+    Attributes:
+        stage: index of the stage.
+        total: steps of the phase.
+        seed: of dropout and of the extra losses' draws.
+        example_name: (task id, index) -> the example's name, for messages.
+        save_every: steps between two saves of the progress.
+    """
+
+    stage: int
+    total: int
+    seed: int
+    example_name: Callable[[int, int], str]
+    save_every: int
+
+
+def train_phase(
+    *, plan: PhasePlan, state: PhaseState, frozen: PyTree, memory: PyTree, llava: Any, batches: Iterator[dict[str, np.ndarray]],
+    step_function: Callable, method: Method, train: TrainSettings, mesh: Mesh, logger: RunLogger, stop: StopSignal,
+    save: Callable[[PhaseState], None],
+) -> PhaseState:
+    """Runs the steps of a phase that are not done yet.
+
+    Args:
+        plan: what the phase is given.
+        state: where it begins (or goes on).
+        frozen, memory, llava: on the mesh; what the steps read.
+        batches: global batches, or this process's rows of them, from step `state.step` on.
+        step_function: from `step.make_train_step`.
+        save: writes the progress; called every `plan.save_every` steps and before a stop.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        UserError: "loss is nan at step <n> of stage <i>; the batch held ..." with the examples' names.
+        Stopped: after a stop signal, when the progress is saved.
+    """
+    key = jax.random.key(plan.seed)
+    waiting: collections.deque = collections.deque()
+    tokens = 0
+    while state.step < plan.total:
+        # ---- one step, dispatched without waiting for it
+        batch = next(batches)
+        rates = optim.learning_rates(train, method, state.step, plan.total)
+        control = {
+            "stage": np.int32(plan.stage), "step": np.int32(state.step), "progress": np.float32(state.step / plan.total),
+            "key": key, "rates": {name: np.float32(rate) for name, rate in rates.items()},
+        }
+        state.trainable, state.optimizer, metrics = step_function(
+            state.trainable, state.optimizer, frozen, memory, llava, meshes.put_batch(batch, mesh), control)
+        state.step += 1
+        tokens += int(batch["length"].sum()) * jax.process_count()
+        waiting.append((state.step, metrics, batch["task_id"], batch["example"]))
+
+        # ---- losses of the steps that have finished, a little behind
+        saving = state.step % plan.save_every == 0 or stop.requested
+        due = logger.due(state.step)
+        while waiting and (len(waiting) > IN_FLIGHT or due or saving or state.step == plan.total):
+            done, metrics, *rows = waiting.popleft()
+            state.loss = float(metrics["loss"])
+            if not math.isfinite(state.loss):
+                raise UserError(_not_finite(plan, done, state.loss, *rows))
+        if due:
+            numbers = {name: float(value) for name, value in metrics.items()}
+            logger.step(state.step, numbers | {"lr": rates[ADAPTER]}, tokens=tokens, memory_peak=memory_peak())
+            tokens = 0
+
+        # ---- progress
+        if saving and state.step < plan.total:
+            save(state)
+        if stop.requested:
+            if state.step == plan.total:
+                save(state)
+            raise Stopped(f"stopped after step {state.step} of {plan.total} in stage {plan.stage + 1}; the progress is saved")
+    return state
+
+
+def start_phase(trainable: PyTree, train: TrainSettings, mesh: Mesh) -> PhaseState:
+    """A phase's state at its beginning: a fresh optimizer (no optimizer state crosses a stage)."""
+    optimizer = optim.transform(train).init(trainable)
+    return PhaseState(meshes.put_replicated(trainable, mesh), meshes.put_replicated(optimizer, mesh))
+
+
+def memory_peak() -> int | None:
+    """Peak bytes in use on the first device, where the platform says."""
+    statistics = jax.local_devices()[0].memory_stats()
+    return None if not statistics else statistics.get("peak_bytes_in_use")
+
+
+def _not_finite(plan: PhasePlan, step: int, loss: float, task_id: np.ndarray, example: np.ndarray) -> str:
+    names = [plan.example_name(int(task), int(index)) for task, index in zip(task_id, example)]
+    return (
+        f"loss is {loss} at step {step} of stage {plan.stage + 1}; the batch held {', '.join(names[:8])}"
+        f"{' ...' if len(names) > 8 else ''}; lower train.learning_rate or look at these examples. The last saved progress is kept"
+    )

@@ -1,0 +1,324 @@
+"""The sections of a config as frozen dataclasses, and the strict builder that turns a config into them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from proglora_jax.data.errors import UserError
+from proglora_jax.data.plan import GROUPINGS
+from proglora_jax.methods.base import Method
+from proglora_jax.methods.registry import method_class
+
+T = TypeVar("T")
+SCHEDULES = ("cosine", "constant", "constant_log_warmup")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The backbone.
+
+    Attributes:
+        path: a Hugging Face LLaVA folder, or "embedded" for the small model that ships with the package.
+        dtype: compute dtype, "float32" or "bfloat16".
+        param_dtype: dtype in which the frozen backbone is held.
+        attention: "xla" or "cudnn".
+        remat: rematerialisation policy by name, see core/stack.py.
+        unroll: layers per turn of the loop over layers.
+    """
+
+    path: str = "embedded"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    attention: str = "xla"
+    remat: str = "none"
+    unroll: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Where the tasks come from and how they are batched.
+
+    Attributes:
+        benchmark: "embedded" (drawn once into `root`) or "coin" (files that are there).
+        root: folder with playground/ and cl_dataset/.
+        tasks: a named order ("coin", "alphabet") or task names.
+        instruction_set: Original, Diverse or 10Type.
+        template: conversation template.
+        max_length: positions per record, image included; longer ones lose their end.
+        buckets: ((positions, label slots), ...) in growing order; a record goes to the first that holds it.
+        train_examples: examples per task, chosen by a stable hash; 0 takes all.
+        embedded_train_size: examples per task that the embedded benchmark draws.
+        embedded_test_size: questions per task that the embedded benchmark draws.
+        embedded_seed: seed of the embedded benchmark's drawings.
+        max_labels: most supervised tokens per record; 0 means no limit.
+        grouping: "modality_length" (CoIN's), "bucket" or "none", see `data.plan.plan_batches`.
+        remainder: "drop" or "wrap" the last partial batch of an epoch.
+        on_bad_image: "raise", or "blank" to put the mean colour in its place and count it.
+        on_unsupervised: "raise", or "drop" records without a supervised token and count them.
+        empty_answer: "drop" leaves a turn with an empty answer out, "eos" supervises its end alone.
+        threads: reader threads.
+        image_cache_mb: memory for decoded images; 0 decodes each time.
+    """
+
+    benchmark: str = "coin"
+    root: str = ""
+    tasks: Any = "coin"
+    instruction_set: str = "Original"
+    template: str = "vicuna_v1"
+    max_length: int = 2048
+    buckets: tuple = ((704, 128), (1024, 512), (1536, 1024), (2048, 2048))
+    train_examples: int = 0
+    embedded_train_size: int = 1600
+    embedded_test_size: int = 200
+    embedded_seed: int = 0
+    max_labels: int = 0
+    grouping: str = "modality_length"
+    remainder: str = "drop"
+    on_bad_image: str = "raise"
+    on_unsupervised: str = "drop"
+    empty_answer: str = "drop"
+    threads: int = 2
+    image_cache_mb: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How a phase trains.
+
+    Attributes:
+        batch_size: rows of an optimizer step, over all devices; a number, or {task: number} with "default".
+        micro_batches: parts that a step's rows are split into one after the other; exact under unequal token counts.
+        epochs: passes over a task's examples.
+        max_steps: steps of a phase, whatever the number of examples; 0 follows `epochs`.
+        learning_rate: of blocks (and routing, times the method's multiplier).
+        projector_learning_rate: of the mm_projector.
+        schedule: "cosine" to 0, "constant", both after linear warm-up, or "constant_log_warmup" (CoIN's effective one).
+        warmup_fraction: share of the steps that warm up.
+        weight_decay: decoupled, on everything that trains.
+        beta1: AdamW.
+        beta2: AdamW.
+        epsilon: AdamW.
+        grad_clip: global norm; 0 switches clipping off.
+        loss_norm: "global_token_mean", or "micro_batch_mean" (mean within groups of `loss_group_size` rows, then over groups).
+        loss_group_size: rows per group of "micro_batch_mean".
+    """
+
+    batch_size: Any = 64
+    micro_batches: int = 1
+    epochs: int = 1
+    max_steps: int = 0
+    learning_rate: float = 2e-4
+    projector_learning_rate: float = 2e-5
+    schedule: str = "cosine"
+    warmup_fraction: float = 0.03
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    grad_clip: float = 0.0
+    loss_norm: str = "micro_batch_mean"
+    loss_group_size: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSettings:
+    """How answers are generated and scored.
+
+    Attributes:
+        batch_size: questions at once.
+        max_new_tokens: cap on an answer; 0 takes each task's own from the table.
+        prompt_lengths: prompt positions that batches are padded to, image included, in growing order.
+        image_mode: "coin" (centre crop where CoIN's scripts crop) or "pad" (as in training).
+        subset_size: questions per task, chosen by a stable hash; 0 takes all.
+        subset_seed: seed of that choice.
+        imagenet_empty_ok: an empty ImageNet answer counts as right in the mode "coin", as in CoIN's script.
+        grounding_truncate: the mode "coin" loses the last digit of a box, as CoIN's script does.
+    """
+
+    batch_size: int = 32
+    max_new_tokens: int = 0
+    prompt_lengths: tuple = (704, 1024, 2048)
+    image_mode: str = "coin"
+    subset_size: int = 0
+    subset_seed: int = 0
+    imagenet_empty_ok: bool = True
+    grounding_truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class SimilaritySettings:
+    """How alike two tasks are.
+
+    Attributes:
+        encoders: "backbone" (its own vision tower and word embeddings).
+        pool: "cls" or "mean" over the patches of an image.
+        max_samples: examples of a task that are averaged, chosen by seed.
+        clamp: whether similarities are clamped to [0, 1].
+    """
+
+    encoders: str = "backbone"
+    pool: str = "cls"
+    max_samples: int = 10000
+    clamp: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSettings:
+    """Sizes of the mesh's axes; -1 takes the devices that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    model: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """The run as a whole.
+
+    Attributes:
+        seed: of everything random in training.
+        protocol: "sequential" (task after task) or "isolated" (each task alone from the start, for FWT).
+        isolated_results: results.json of an isolated run, from which FWT is computed; "" reports none.
+        checkpoint_every_steps: steps between saves inside a phase.
+        log_every_steps: steps between log lines.
+        tensorboard: whether event files are written.
+        compilation_cache: folder of the persistent compile cache; "" switches it off.
+    """
+
+    seed: int = 0
+    protocol: str = "sequential"
+    isolated_results: str = ""
+    checkpoint_every_steps: int = 500
+    log_every_steps: int = 20
+    tensorboard: bool = True
+    compilation_cache: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A whole config, checked.
+
+    Attributes:
+        method: hyper-parameters and hooks of the method.
+    """
+
+    method: Method
+    model: ModelSettings
+    data: DataSettings
+    train: TrainSettings
+    evaluate: EvalSettings
+    similarity: SimilaritySettings
+    mesh: MeshSettings
+    run: RunSettings
+
+
+_SECTIONS = {
+    "model": ModelSettings, "data": DataSettings, "train": TrainSettings, "evaluate": EvalSettings,
+    "similarity": SimilaritySettings, "mesh": MeshSettings, "run": RunSettings,
+}
+
+
+def from_config(config: Mapping[str, Any]) -> Settings:
+    """Builds the settings from a nested mapping.
+
+    Raises:
+        UserError: "config.<section>.<field>: unknown field; ..." or the sentence for a value that does not fit.
+    """
+    unknown = sorted(set(config) - set(_SECTIONS) - {"method"})
+    if unknown:
+        raise UserError(f"config.{unknown[0]}: unknown section; known: method, {', '.join(_SECTIONS)}")
+    method = dict(config.get("method", {}))
+    cls = method_class(str(method.pop("name", "")))
+    sections = {name: build(section, config.get(name, {}), f"config.{name}") for name, section in _SECTIONS.items()}
+    settings = Settings(method=build(cls, method, "config.method"), **sections)
+    _check(settings)
+    return settings
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """An instance of a settings dataclass from a mapping, with unknown fields and wrong types refused.
+
+    Raises:
+        UserError: "<where>.<field>: unknown field; did you mean ...?" or "<where>.<field>=<value>: must be a ...".
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    out = {}
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(fields))}"
+            raise UserError(f"{where}.{name}: unknown field; {hint}")
+        out[name] = _convert(value, hints[name], f"{where}.{name}")
+    return cls(**out)
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, str):
+        return value
+    if kind is str and isinstance(value, (int, float)) and where.endswith("temperature"):
+        return str(value)
+    if kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(tuple(item) if isinstance(item, (list, tuple)) else item for item in value)
+    if kind is Any:
+        return dict(value) if isinstance(value, Mapping) else tuple(value) if isinstance(value, (list, tuple)) else value
+    names = {bool: "True or False", int: "a whole number", float: "a number", str: "a string", tuple: "a list"}
+    raise UserError(f"{where}={value!r}: must be {names.get(kind, kind)}, not {type(value).__name__}")
+
+
+def _check(settings: Settings) -> None:
+    data, train, evaluate, run = settings.data, settings.train, settings.evaluate, settings.run
+    checks = [
+        (data.benchmark in ("embedded", "coin"), "data.benchmark", data.benchmark, "must be 'embedded' or 'coin'"),
+        (bool(data.root), "data.root", repr(data.root), "name the folder that holds playground/ and cl_dataset/"),
+        (bool(data.buckets) and list(data.buckets) == sorted(data.buckets), "data.buckets", data.buckets, "must grow"),
+        (data.grouping in GROUPINGS, "data.grouping", data.grouping, f"must be one of {', '.join(GROUPINGS)}"),
+        (data.remainder in ("drop", "wrap"), "data.remainder", data.remainder, "must be 'drop' or 'wrap'"),
+        (data.on_bad_image in ("raise", "blank"), "data.on_bad_image", data.on_bad_image, "must be 'raise' or 'blank'"),
+        (data.on_unsupervised in ("raise", "drop"), "data.on_unsupervised", data.on_unsupervised, "must be 'raise' or 'drop'"),
+        (train.schedule in SCHEDULES, "train.schedule", train.schedule, f"must be one of {', '.join(SCHEDULES)}"),
+        (train.loss_norm in ("global_token_mean", "micro_batch_mean"), "train.loss_norm", train.loss_norm,
+         "must be 'global_token_mean' or 'micro_batch_mean'"),
+        (train.micro_batches >= 1, "train.micro_batches", train.micro_batches, "must be >= 1"),
+        (train.epochs > 0, "train.epochs", train.epochs, "must be positive"),
+        (train.learning_rate > 0, "train.learning_rate", train.learning_rate, "must be positive"),
+        (0 <= train.warmup_fraction < 1, "train.warmup_fraction", train.warmup_fraction, "must be in [0, 1)"),
+        (evaluate.image_mode in ("coin", "pad"), "evaluate.image_mode", evaluate.image_mode, "must be 'coin' or 'pad'"),
+        (evaluate.batch_size >= 1, "evaluate.batch_size", evaluate.batch_size, "must be >= 1"),
+        (settings.similarity.encoders == "backbone", "similarity.encoders", settings.similarity.encoders, "must be 'backbone'"),
+        (settings.similarity.pool in ("cls", "mean"), "similarity.pool", settings.similarity.pool, "must be 'cls' or 'mean'"),
+        (run.protocol in ("sequential", "isolated"), "run.protocol", run.protocol, "must be 'sequential' or 'isolated'"),
+        (run.checkpoint_every_steps >= 1, "run.checkpoint_every_steps", run.checkpoint_every_steps, "must be >= 1"),
+        (run.log_every_steps >= 1, "run.log_every_steps", run.log_every_steps, "must be >= 1"),
+    ]
+    for holds, field, value, sentence in checks:
+        if not holds:
+            raise UserError(f"config.{field}={value}: {sentence}")
+
+
+def batch_size_of(train: TrainSettings, task: str) -> int:
+    """Rows of an optimizer step for a task.
+
+    Raises:
+        UserError: "config.train.batch_size: no number for task <task> and no 'default'"
+    """
+    size = train.batch_size
+    if isinstance(size, Mapping):
+        if task not in size and "default" not in size:
+            raise UserError(f"config.train.batch_size: no number for task {task} and no 'default'")
+        size = size.get(task, size.get("default"))
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"config.train.batch_size={size!r}: must be a whole number >= 1")
+    if size % train.micro_batches:
+        raise UserError(f"config.train.batch_size={size}: must be a multiple of train.micro_batches={train.micro_batches}")
+    return size

@@ -1,0 +1,198 @@
+"""Reading Hugging Face folders: every naming style gives the same model, and damage gives one clear sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny_hf
+from safetensors.numpy import load_file, save_file
+
+from proglora_jax.checkpoints.hf_import import fingerprint, load_llava, read_config
+from proglora_jax.data.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder as the installed transformers writes it."""
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_hf.make("grouped").save_pretrained(folder)
+    return folder
+
+
+def rewrite(saved, folder, rename=lambda name: name, change=lambda tensors: tensors, config=lambda fields: fields):
+    """A copy of the folder with tensors and config changed."""
+    folder.mkdir(exist_ok=True)
+    tensors = {rename(name): array for name, array in load_file(saved / "model.safetensors").items()}
+    save_file(change(tensors), folder / "model.safetensors")
+    fields = json.loads((saved / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config(fields)))
+    return folder
+
+
+def style_4x(name):
+    return re.sub(r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name)
+
+
+def in_memory_4x(name):
+    name = style_4x(name)
+    name = name.replace("language_model.model.", "model.language_model.").replace("language_model.lm_head", "lm_head")
+    return re.sub(r"^(vision_tower|multi_modal_projector)", r"model.\1", name)
+
+
+def in_memory_5x(name):
+    return in_memory_4x(name).replace("vision_tower.vision_model.", "vision_tower.")
+
+
+def original(name):
+    name = style_4x(name).replace("language_model.model.", "model.").replace("language_model.lm_head", "lm_head")
+    name = name.replace("multi_modal_projector.linear_1", "model.mm_projector.0").replace("multi_modal_projector.linear_2", "model.mm_projector.2")
+    return re.sub(r"^vision_tower", "model.vision_tower.vision_tower", name)
+
+
+@pytest.mark.parametrize("style", [style_4x, in_memory_4x, in_memory_5x, original])
+def test_every_style_loads_the_same_model(saved, tmp_path, style):
+    renamed = rewrite(saved, tmp_path / "renamed", style)
+    assert set(load_file(renamed / "model.safetensors")) != set(load_file(saved / "model.safetensors"))
+    chex.assert_trees_all_equal(load_llava(renamed, jnp.float32), load_llava(saved, jnp.float32))
+
+
+def test_config_of_transformers_4(saved, tmp_path):
+    def old(fields):
+        rope = fields["text_config"].pop("rope_parameters")
+        fields["text_config"]["rope_theta"] = rope["rope_theta"]
+        fields["text_config"]["torch_dtype"] = fields["text_config"].pop("dtype", "float32")
+        return fields
+
+    renamed = rewrite(saved, tmp_path / "old", style_4x, config=old)
+    assert read_config(renamed) == read_config(saved)
+
+
+def test_buffers_without_a_use_are_ignored(saved, tmp_path):
+    def more(tensors):
+        names = ["language_model.model.layers.0.self_attn.rotary_emb.inv_freq", "model.image_newline", "vision_tower.embeddings.position_ids"]
+        return {**tensors, **{name: np.zeros(3, np.float32) for name in names}}
+
+    load_llava(rewrite(saved, tmp_path / "more", change=more), jnp.float32)
+
+
+def test_shards_and_bfloat16(saved, tmp_path):
+    whole = load_llava(saved, jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(whole)} == {jnp.dtype(jnp.bfloat16)}
+    assert whole.settings.dtype == "bfloat16"
+    tensors = {name: array.astype(ml_dtypes.bfloat16) for name, array in load_file(saved / "model.safetensors").items()}
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text((saved / "config.json").read_text())
+    chex.assert_trees_all_equal(load_llava(tmp_path, jnp.bfloat16), whole)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="1 problem.*model-00002-of-00002.safetensors is missing"):
+        load_llava(tmp_path)
+
+
+def test_a_language_model_a_clip_and_a_projector(saved, tmp_path):
+    """The start of continual training: Vicuna, CLIP and the stage-1 projector lie in three places."""
+    tensors = load_file(saved / "model.safetensors")
+    fields = json.loads((saved / "config.json").read_text())
+    parts = {"language": {}, "vision": {}, "projector": {}}
+    for name, array in tensors.items():
+        if name.startswith("language_model."):
+            parts["language"][name.removeprefix("language_model.")] = array
+        elif name.startswith("vision_tower."):
+            parts["vision"]["vision_model." + style_4x(name).removeprefix("vision_tower.vision_model.")] = array
+        else:
+            parts["projector"][original(name)] = array
+    parts["vision"]["text_model.final_layer_norm.weight"] = np.zeros(2, np.float32)
+    configs = {"language": fields["text_config"], "vision": {"model_type": "clip", "vision_config": fields["vision_config"]}}
+    for part, content in parts.items():
+        (tmp_path / part).mkdir()
+        save_file(content, tmp_path / part / "model.safetensors")
+        (tmp_path / part / "config.json").write_text(json.dumps(configs.get(part, {})))
+    projector_file = tmp_path / "projector" / "model.safetensors"
+    joined = load_llava(tmp_path / "language", jnp.float32, vision_folder=tmp_path / "vision", projector_file=projector_file)
+    chex.assert_trees_all_equal(joined.to_tree(), load_llava(saved, jnp.float32).to_tree())
+    with pytest.raises(UserError, match="language model without a vision tower; give the folder of a CLIP as vision_folder"):
+        load_llava(tmp_path / "language")
+    with pytest.raises(UserError, match="4 problem.*no tensor multi_modal_projector.linear_1.weight"):
+        load_llava(tmp_path / "language", vision_folder=tmp_path / "vision")
+
+
+def test_all_problems_in_one_error(saved, tmp_path):
+    def damage(tensors):
+        del tensors["language_model.model.norm.weight"], tensors["multi_modal_projector.linear_1.bias"]
+        tensors["language_model.lm_head.weight"] = tensors["language_model.lm_head.weight"][:-1]
+        tensors["language_model.model.layers.1.mlp.up_proj.weight"] = np.zeros((48, 36), np.int8)
+        return {**tensors, "language_model.model.layers.9.input_layernorm.weight": np.zeros(2, np.float32)}
+
+    with pytest.raises(UserError) as raised:
+        load_llava(rewrite(saved, tmp_path / "damaged", change=damage))
+    message = str(raised.value)
+    assert "5 problem(s)" in message and "config.json and the weights belong together" in message
+    for part in (
+        "no tensor language_model.model.norm.weight",
+        "no tensor multi_modal_projector.linear_1.bias",
+        "unexpected tensor language_model.model.layers.9.input_layernorm.weight",
+        "language_model.lm_head.weight has shape [63, 36], but config.json asks for [64, 36]",
+        "up_proj.weight holds I8, not floats",
+    ):
+        assert part in message
+
+
+def test_damaged_folders_give_one_sentence(saved, tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        load_llava(tmp_path / "nowhere")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="empty: config.json is missing"):
+        load_llava(empty)
+    (empty / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json: cannot be read as JSON"):
+        load_llava(empty)
+    (empty / "config.json").write_text((saved / "config.json").read_text())
+    with pytest.raises(UserError, match="holds no model.safetensors and no model.safetensors.index.json$"):
+        load_llava(empty)
+    (empty / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="found pytorch_model.bin, a pickle"):
+        load_llava(empty)
+    (empty / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(UserError, match="model.safetensors: cannot be read as safetensors .*truncated"):
+        load_llava(empty)
+    fields = json.loads((saved / "config.json").read_text())
+    fields["text_config"]["model_type"] = "gemma"
+    (empty / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"config.json: text_config: model_type='gemma' is not supported \(llama is\)"):
+        load_llava(empty)
+
+
+def test_place_decides_where_arrays_go(saved):
+    seen = {}
+
+    def place(path, array):
+        seen[path] = array.shape
+        return jnp.asarray(array)
+
+    load_llava(saved, jnp.float32, place=place)
+    assert seen["language/layers/k_proj/kernel"] == (3, 36, 12)
+    assert seen["vision/patch_embedding/kernel"] == (48, 16)
+
+
+def test_fingerprint_follows_contents(saved, tmp_path):
+    copy = rewrite(saved, tmp_path / "copy")
+    first = fingerprint(copy)
+    assert first == fingerprint(copy) and re.fullmatch("[0-9a-f]{64}", first)
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(content)
+    assert fingerprint(copy) != first
+    with pytest.raises(UserError, match="no such folder"):
+        fingerprint(tmp_path / "nowhere")

@@ -1,0 +1,65 @@
+"""Both box parsers on the same strings, and the strict half of the intersection over union."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from proglora_jax.evaluation.boxes import as_text, iou, parse_clean, parse_coin, to_unit
+
+EXACT = (0.41, 0.28, 0.60, 0.93)
+
+
+@pytest.mark.parametrize(
+    ("text", "coin", "clean"),
+    [
+        ("[0.41, 0.28, 0.60, 0.93]", (0.41, 0.28, 0.60, 0.9), EXACT),
+        ("[0.41, 0.28, 0.6, 0.9]", (0.41, 0.28, 0.6, 0.0), (0.41, 0.28, 0.6, 0.9)),
+        ("[0.41, 0.28, 0.60, 0.93].", (0.41, 0.28, 0.60, 0.93), EXACT),
+        ("(0.41, 0.28, 0.60, 0.93)", EXACT, EXACT),
+        ("[1.0, 0.0, 1.0, 1.0]", (0.0, 0.0, 1.0, 1.0), (1.0, 0.0, 1.0, 1.0)),
+        ("[0.41, 0.28, 0.60]", None, None),
+        ("", None, None),
+        ("The box is [0.41, 0.28, 0.60, 0.93].", None, EXACT),
+        ("[0.41, 0.28, 0.60, 0.93]</s>", None, EXACT),
+        ("[nan, 0.2, 0.3, 0.44]", None, None),
+        ("[0.60, 0.93, 0.41, 0.28]", (0.60, 0.93, 0.41, 0.2), EXACT),
+        ("[-0.1, 0.28, 1.2, 0.93]", (0.1, 0.28, 1.2, 0.9), (0.0, 0.28, 1.0, 0.93)),
+    ],
+)
+def test_parsers(text, coin, clean):
+    assert parse_coin(text) == coin
+    assert parse_clean(text) == clean
+
+
+def test_untruncated_coin_parser():
+    assert parse_coin("[0.41, 0.28, 0.6, 0.9]", truncate=False) == (0.41, 0.28, 0.6, 0.9)
+
+
+def test_pixels_are_scaled_by_the_longer_side():
+    assert parse_clean("50 100 150 200", size=(400, 200)) == (0.125, 0.25, 0.375, 0.5)
+    assert parse_clean("50 100 150 200") == (1.0, 1.0, 1.0, 1.0)
+    assert to_unit((0.1, 0.2, 0.3, 1.6), size=(400, 200)) == (0.1, 0.2, 0.3, 1.0)
+
+
+def test_hyphen_between_numbers_is_no_sign():
+    assert parse_clean("0.1-0.2-0.3-0.4") == (0.1, 0.2, 0.3, 0.4)
+
+
+def test_endless_digits_are_no_number():
+    assert parse_clean("9" * 400 + " 0.1 0.2 0.3") is None
+
+
+def test_iou():
+    assert iou((0, 0, 1, 1), (0, 0, 1, 1)) == 1.0
+    assert iou((0, 0, 1, 0.5), (0, 0, 1, 1)) == 0.5
+    assert iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0.0
+    assert iou((1, 1, 0, 0), (0, 0, 1, 1)) == 0.0, "swapped corners overlap nothing"
+    assert iou((0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5)) == 0.0, "no area"
+    for bad in (math.nan, math.inf):
+        assert iou((bad, 0, 1, 1), (0, 0, 1, 1)) == 0.0
+
+
+def test_as_text():
+    assert as_text((0.41, 0.9, 1.0, 1.0)) == "[0.41, 0.9, 1.0, 1.0]"

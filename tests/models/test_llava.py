@@ -1,0 +1,185 @@
+"""The whole LLaVA against transformers', its structure as a pytree, and its configs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_hf
+import torch
+
+from proglora_jax.checkpoints.hf_export import hf_tensors
+from proglora_jax.checkpoints.hf_import import load_llava
+from proglora_jax.checkpoints.names import canonical
+from proglora_jax.models.llava import Llava, abstract_llava, random_llava
+from proglora_jax.models.presets import ClipConfig, LlamaConfig, LlavaConfig, llava15_7b, llava15_13b
+
+
+@jax.jit
+def forward(llava, tokens, image, length=None):
+    return llava.logits(llava.decode(llava.embed(tokens, llava.project(llava.encode_image(image))), length=length).hidden)
+
+
+@jax.jit
+def forward_text(llava, tokens):
+    return llava.logits(llava.decode(llava.embed(tokens, None)).hidden)
+
+
+@pytest.mark.parametrize("case", tiny_hf.CASES)
+def test_logits_of_a_mixed_padded_batch(case, rng, tmp_path):
+    theirs = tiny_hf.make(case)
+    theirs.save_pretrained(tmp_path)
+    ours = load_llava(tmp_path, jnp.float32)
+    tokens, length, image = tiny_hf.batch(theirs, rng)
+    with torch.no_grad():
+        expected = theirs(**tiny_hf.torch_inputs(tokens, length, image)).logits.numpy()
+    valid = np.arange(tokens.shape[1])[None] < length[:, None]
+    actual = np.asarray(forward(ours, tokens, image))
+    np.testing.assert_allclose(actual[valid], expected[valid], rtol=1e-4, atol=1e-4)
+    if case == "plain":  # with lengths the padded positions agree as well
+        np.testing.assert_allclose(forward(ours, tokens, image, length), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_text_only_rows_ignore_their_image(rng, tmp_path):
+    theirs = tiny_hf.make("plain")
+    theirs.save_pretrained(tmp_path)
+    ours = load_llava(tmp_path, jnp.float32)
+    tokens, length, image = tiny_hf.batch(theirs, rng, lengths=(7, 11), images=(False, False))
+    with torch.no_grad():
+        expected = theirs(**tiny_hf.torch_inputs(tokens, length, image)).logits.numpy()
+    valid = np.arange(tokens.shape[1])[None] < length[:, None]
+    for actual in (forward(ours, tokens, image), forward_text(ours, tokens)):
+        np.testing.assert_allclose(np.asarray(actual)[valid], expected[valid], rtol=1e-4, atol=1e-4)
+
+
+def _config(**fields):
+    text = LlamaConfig(vocab_size=12, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+    vision = ClipConfig(hidden_size=6, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=4, patch_size=2)
+    return LlavaConfig(**{**dict(text_config=text, vision_config=vision, image_token_id=11), **fields})
+
+
+def test_image_features_go_to_image_tokens_in_order(rng):
+    llava = random_llava(_config())
+    tokens = np.array([[1, 11, 11, 11, 11, 2], [3, 4, 5, 6, 7, 8], [11, 1, 11, 2, 11, 11]], np.int32)
+    features = jnp.asarray(rng.standard_normal((3, 4, 8)), jnp.float32)
+    expected = np.array(llava.embed_tokens(tokens))
+    for row in range(3):
+        expected[row, tokens[row] == 11] = features[row, : (tokens[row] == 11).sum()]
+    np.testing.assert_array_equal(llava.embed(tokens, features), expected)
+
+
+def test_image_token_may_lie_past_the_embedding_table():
+    llava = random_llava(_config(image_token_id=40))
+    x = llava.embed(jnp.array([[1, 40, 40, 40, 40]]), jnp.ones((1, 4, 8)))
+    assert np.all(np.isfinite(x)) and np.all(x[0, 1:] == 1)
+
+
+def test_projector_may_be_given(rng):
+    llava = random_llava(_config())
+    features = jnp.asarray(rng.standard_normal((1, 4, 6)), jnp.float32)
+    own = llava.projector_params()
+    np.testing.assert_array_equal(llava.project(features, own), llava.project(features))
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, own)
+    assert np.abs(llava.project(features, moved) - llava.project(features)).max() > 0.01
+
+
+def test_tree_round_trip():
+    llava = random_llava(_config())
+    tree = llava.to_tree()
+    chex.assert_trees_all_equal(Llava.from_tree(llava.config, tree, llava.settings), llava)
+    del tree["language"]["norm"]
+    with pytest.raises(ValueError, match="no parameter at language/norm/scale"):
+        Llava.from_tree(llava.config, tree)
+
+
+def test_gradient_of_every_parameter_is_torchs(rng, tmp_path):
+    theirs = tiny_hf.make("grouped")
+    theirs.save_pretrained(tmp_path)
+    ours = load_llava(tmp_path, jnp.float32)
+    tokens, length, image = tiny_hf.batch(theirs, rng, lengths=(6, 8), images=(True, True))
+    labels = np.where(np.arange(tokens.shape[1])[None] < length[:, None], tokens, -100)
+    labels[:, :7] = -100
+    theirs(**tiny_hf.torch_inputs(tokens, length, image), labels=torch.tensor(labels, dtype=torch.long)).loss.backward()
+    expected = {canonical(name): parameter.grad for name, parameter in theirs.named_parameters()}
+
+    @jax.jit
+    @jax.value_and_grad
+    def gradient(tree):
+        llava = Llava.from_tree(ours.config, tree)
+        hidden = llava.decode(llava.embed(tokens, llava.project(llava.encode_image(image, trainable=True)))).hidden
+        scores = jax.nn.log_softmax(llava.logits(hidden))[:, :-1]
+        kept = labels[:, 1:] != -100
+        picked = jnp.take_along_axis(scores, np.where(kept, labels[:, 1:], 0)[..., None], axis=-1)[..., 0]
+        return -jnp.sum(picked * kept) / kept.sum()
+
+    value, tree = gradient(ours.to_tree())
+    for name, actual in hf_tensors(Llava.from_tree(ours.config, tree)):
+        if expected[name] is None:  # a layer of the vision tower that the feature layer does not need
+            assert not np.any(actual), name
+        else:
+            # Biases of keys have a gradient of exactly 0 (softmax does not see them): there both sides hold rounding only.
+            scale = expected[name].abs().max().item()
+            np.testing.assert_allclose(actual, expected[name], rtol=1e-4, atol=1e-6 + 1e-5 * scale, err_msg=name)
+
+
+def test_random_parameters_depend_on_seed_and_path_only():
+    first, again, other = random_llava(_config(), 1), random_llava(_config(), 1), random_llava(_config(), 2)
+    chex.assert_trees_all_equal(first, again)
+    kernel = lambda llava: np.asarray(llava.language.layers.q_proj.kernel[...])  # noqa: E731
+    assert np.abs(kernel(first) - kernel(other)).max() > 0.1
+    more = dataclasses.replace(_config().vision_config, num_hidden_layers=3)
+    np.testing.assert_array_equal(kernel(random_llava(_config(vision_config=more), 1)), kernel(first))
+
+
+def test_object_is_an_argument_of_jit_and_compiles_once():
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def total(llava):
+        return llava.language.norm.scale[...].sum()
+
+    assert total(random_llava(_config(), 1)) == total(random_llava(_config(), 2)) == 8
+
+
+@pytest.mark.parametrize(("preset", "billions"), [(llava15_7b, 7.06), (llava15_13b, 13.35)])
+def test_presets_have_the_published_sizes(preset, billions):
+    llava = abstract_llava(preset(), jnp.bfloat16)
+    assert sum(leaf.size for leaf in jax.tree.leaves(llava)) / 1e9 == pytest.approx(billions, abs=0.005)
+    projector = sum(leaf.size for leaf in jax.tree.leaves(llava.projector_params()))
+    assert projector == {7.06: 20_979_712, 13.35: 31_467_520}[billions]
+    assert preset().image_tokens == 576 and preset().vision_layers_run == 23
+    assert llava.targets().block_size(16) == {7.06: 39_976_960, 13.35: 62_586_880}[billions]
+
+
+def test_config_spellings_of_transformers_4_and_5():
+    old = {"rope_theta": 500.0, "hidden_size": 64, "num_attention_heads": 4, "rope_scaling": None, "vocab_size": 99}
+    new = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 99}
+    assert LlamaConfig.from_hf(old) == LlamaConfig.from_hf(new)
+    assert LlamaConfig.from_hf(new).head_dim == 16
+    hub = {"model_type": "llava", "image_token_index": 7, "text_config": {"model_type": "llama", "vocab_size": 32064}, "pad_token_id": 5}
+    config = LlavaConfig.from_hf(hub)
+    assert config.image_token_id == 7 and config.pad_token_id == 5
+    assert config.text_config.hidden_size == 4096 and config.vision_config.hidden_size == 1024
+    assert LlavaConfig.from_hf(config.to_hf()) == config == LlavaConfig.from_hf({**config.to_hf(), "image_token_id": 7})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"text_config": {"model_type": "mistral"}}, "text_config: model_type='mistral' is not supported"),
+        ({"text_config": {"rope_scaling": {"type": "linear", "factor": 2}}}, "rope_type='linear' is not supported"),
+        ({"text_config": {"attention_bias": True}}, "attention_bias=True is not supported"),
+        ({"text_config": {"num_attention_heads": 32, "num_key_value_heads": 5}}, "must be a multiple of num_key_value_heads=5"),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, "model_type='siglip_vision_model' is not supported"),
+        ({"vision_feature_layer": [-2, -5]}, r"vision_feature_layer=\[-2, -5\] must be one integer from -25 to 24"),
+        ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy='cls' is not supported"),
+    ],
+)
+def test_configs_that_are_not_supported_say_why(fields, message):
+    with pytest.raises(ValueError, match=message):
+        LlavaConfig.from_hf(fields)
