@@ -1,4 +1,4 @@
-"""What setup.cfg promises holds: requirements cover the imports, version markers pick what works, entry points exist; CI runs the README."""
+"""setup.cfg holds what it promises (requirements cover the imports, markers pick what works, entry points exist); CI runs the README."""
 
 from __future__ import annotations
 

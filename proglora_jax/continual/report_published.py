@@ -28,7 +28,7 @@ def published_section(record: RunRecord) -> Section:
         f"Published numbers are as printed (LLaVA-1.5-7B, CoIN); this run is scored in the {record.modes[0]} mode. "
         "LoRA, MoELoRA, zero-shot and multi-task were scored on random subsets of 4,000 questions that are not published."
     ]
-    if record.benchmark and record.benchmark != "coin":
+    if record.benchmark and record.benchmark.lower() != "coin":
         notes.append(f"This run is on {record.benchmark}, not on CoIN with the papers' model: compare the pattern, not the levels.")
     if not _same_tasks(record.tasks, published.COIN_ORDER) and row is None:
         notes.append("The tasks or their order are not those of a published table, so there is nothing to compare with.")

@@ -43,10 +43,10 @@ def metrics_section(record: RunRecord) -> Section:
     rows = [(name, *(number(getattr(found, field)) for found in by_mode)) for field, name in METRIC_NAMES]
     if not record.sequential:
         rows = [("mean accuracy", *rows[0][1:])]
-    covered = f"over {record.stages} of {len(record.tasks)} stages" if record.sequential else "one model for all tasks, no sequence"
+    covered = f"over {record.stages} of {len(record.tasks)} stages" if record.sequential else "not a sequence of stages"
     notes = [f"All numbers in percent, {covered}; one run, seed {record.seed}."]
     if not record.finished:
-        notes.append("The sequence is not finished: the metrics cover the finished stages only and are not those of the whole sequence.")
+        notes.append("The run is not finished: the metrics cover only what is scored and are not those of the whole run.")
     if record.sequential and not record.isolated:
         notes.append("FWT needs the accuracy of training on each task alone, which this run was not given.")
     return Section("Metrics", tuple(notes), tables=(Table(("metric", *_mode_heads(record)), tuple(rows)),))

@@ -6,7 +6,7 @@ The file is one JSON object. Stages and blocks count from 0. A stage or score th
     seed         int
     tasks        [str]          names in training order
     scoring      {mode: matrix} mode "coin", "clean"; matrix[stage][task] = accuracy in percent, rows up to the stage's own task
-                                (zero-shot and multi-task: one row with every task)
+                                (zero-shot and multi-task: one row with every task; isolated tasks: null before the own one)
     gates        {stage: {task: [float]}}   mean gate of each block over a task's questions, after that stage; {} for none
     isolated     {task: float} or null      accuracy (first mode's scoring) of training on each task alone
     baselines    {name: {task: float}}      optional; e.g. question-only answers, score of the references themselves
@@ -63,30 +63,32 @@ class RunRecord:
 
     @property
     def sequential(self) -> bool:
-        """False for a run without a sequence (zero-shot, multi-task): one row that covers several tasks."""
-        rows = [row for matrix in self.scoring.values() for row in matrix[:1]]
-        one_row = all(len(matrix) <= 1 for matrix in self.scoring.values())
-        return not (one_row and len(self.tasks) > 1 and any(_scored(row) == len(self.tasks) for row in rows))
+        """False for a run without a sequence: one row with every task, or (isolated tasks) rows with their own task only."""
+        return len(self.tasks) == 1 or not any(_covers_all(rows, len(self.tasks)) or _alone(rows) for rows in self.scoring.values())
 
     @property
     def stages(self) -> int:
-        """Number of leading stages that are scored completely, in every mode; 1 for a run without a sequence."""
+        """Number of leading stages that are scored completely, in every mode; not more than 1 without a sequence."""
         return min(map(finished_stages, self.scoring.values()), default=0)
 
     @property
     def finished(self) -> bool:
-        """Whether every stage is scored (for a run without a sequence: its only row)."""
-        return self.stages == len(self.tasks) or not self.sequential
+        """Whether everything is scored: every stage, or without a sequence every task."""
+        if self.sequential:
+            return self.stages == len(self.tasks)
+        return all(_scored(self.final(mode)) == len(self.tasks) for mode in self.modes)
 
-    def final(self, mode: str) -> list[float]:
-        """Accuracy on the tasks so far after the last finished stage, percent."""
+    def final(self, mode: str) -> list[float | None]:
+        """Accuracy on the tasks so far after the last finished stage, percent; without a sequence one value per task or None."""
+        rows = self.scoring[mode]
         if not self.sequential:
-            return [float(value) for value in self.scoring[mode][0]]
-        rows = triangle(self.scoring[mode][: self.stages])
-        return rows[-1] if rows else []
+            values = rows[0] if _covers_all(rows, len(self.tasks)) else [row[-1] if row else None for row in rows]
+            return [*values, *[None] * (len(self.tasks) - len(values))]
+        done = triangle(rows[: self.stages])
+        return done[-1] if done else []
 
-    def right_after(self, mode: str) -> list[float]:
-        """Accuracy on each task right after its own stage, percent; the only row for a run without a sequence."""
+    def right_after(self, mode: str) -> list[float | None]:
+        """Accuracy on each task right after its own stage, percent; as `final` for a run without a sequence."""
         return diagonal(self.scoring[mode][: self.stages]) if self.sequential else self.final(mode)
 
     def metrics(self, mode: str) -> SequenceMetrics:
@@ -95,7 +97,8 @@ class RunRecord:
         A run without a sequence has only means: ACC, MAA and New.ACC are the same number, as in the papers' tables.
         """
         if not self.sequential:
-            average = mean(self.final(mode))
+            scored = [value for value in self.final(mode) if value is not None]
+            average = mean(scored) if scored else None
             return SequenceMetrics(1, average, average, None, None, average, None)
         alone = [self.isolated.get(task) for task in self.tasks] if self.isolated and mode == self.modes[0] else None
         return metrics(self.scoring[mode][: self.stages], alone)
@@ -147,6 +150,16 @@ def load_run(workdir: str | os.PathLike[str]) -> RunRecord:
 
 def _scored(row: Sequence[float | None] | None) -> int:
     return sum(value is not None for value in row or ())
+
+
+def _covers_all(rows: Sequence[Sequence[float | None] | None], tasks: int) -> bool:
+    return len(rows) == 1 and _scored(rows[0]) == tasks
+
+
+def _alone(rows: Sequence[Sequence[float | None] | None]) -> bool:
+    """Whether every row after the first, which tells nothing, holds its own task only."""
+    later = [(stage, row) for stage, row in enumerate(rows) if stage and _scored(row)]
+    return bool(later) and all(len(row) == stage + 1 and _scored(row) == 1 and row[-1] is not None for stage, row in later)
 
 
 def _scalar(value: Any) -> int | float:

@@ -21,7 +21,7 @@ from proglora_jax.data.errors import UserError
 from proglora_jax.data.images import ImageLoader, ImageSpec
 from proglora_jax.data.schema import Question
 from proglora_jax.data.synthetic.benchmark import write_benchmark
-from proglora_jax.data.tasks import TaskData, load_task, select_subset, task_order
+from proglora_jax.data.tasks import ORDERS, TaskData, load_task, select_subset, task_order
 from proglora_jax.data.templates import get_template
 from proglora_jax.data.tokens import Encoder, load_tokenizer
 from proglora_jax.methods.base import Method
@@ -133,7 +133,7 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
         UserError: for what the user can mend: folders, tokenizer, files, sizes.
     """
     data, model = settings.data, settings.model
-    tasks = task_order(data.tasks)
+    tasks = task_order(data.tasks if data.tasks in ORDERS else [name.strip() for name in data.tasks.split(",")])
     try:
         mesh = meshes.make_mesh(dataclasses.asdict(settings.mesh))
     except ValueError as error:

@@ -171,6 +171,10 @@ class EvalBatches:
         """Number of batches."""
         return -(-len(self._order) // self._batch_size)
 
+    def members(self, n: int) -> list[int]:
+        """Numbers of the questions that batch n asks, all processes together, fillers left out."""
+        return self._order[n * self._batch_size : (n + 1) * self._batch_size].tolist()
+
     def batch(self, n: int) -> Batch:
         """This process's share of batch n.
 

@@ -39,6 +39,8 @@ class Settings:
             raise ValueError(f"attention={self.attention!r} is unknown: choose one of {', '.join(ATTENTION)}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={self.dtype!r} is unknown: choose float32, bfloat16 or float16")
+        if self.attention == "cudnn" and self.dtype == "float32":
+            raise ValueError("attention='cudnn' computes in 16 bits only: choose dtype='bfloat16' or attention='xla'")
 
 
 def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:

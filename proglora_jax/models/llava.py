@@ -243,10 +243,10 @@ def random_llava(config: LlavaConfig, seed: int = 0, dtype: Any = jnp.float32, s
     def leaf(path: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
         kind, shape = kinds[path], abstract.shape
         if kind in ("ones", "zeros"):
-            return jnp.full(shape, kind == "ones", dtype)
+            return jnp.asarray(np.full(shape, kind == "ones", dtype))
         generator = np.random.default_rng([seed, zlib.crc32(path.encode())])
         deviation = 0.02 if kind == "embedding" else shape[-2] ** -0.5
-        return jnp.asarray(generator.standard_normal(shape, dtype=np.float32) * np.float32(deviation), dtype)
+        return jnp.asarray((generator.standard_normal(shape, dtype=np.float32) * np.float32(deviation)).astype(dtype))
 
     return build(config, leaf, settings)
 

@@ -45,7 +45,7 @@ class DataSettings:
     Attributes:
         benchmark: "embedded" (drawn once into `root`) or "coin" (files that are there).
         root: folder with playground/ and cl_dataset/.
-        tasks: a named order ("coin", "alphabet") or task names.
+        tasks: a named order ("coin", "alphabet") or task names with commas between.
         instruction_set: Original, Diverse or 10Type.
         template: conversation template.
         max_length: positions per record, image included; longer ones lose their end.
@@ -66,7 +66,7 @@ class DataSettings:
 
     benchmark: str = "coin"
     root: str = ""
-    tasks: Any = "coin"
+    tasks: str = "coin"
     instruction_set: str = "Original"
     template: str = "vicuna_v1"
     max_length: int = 2048
@@ -90,7 +90,8 @@ class TrainSettings:
     """How a phase trains.
 
     Attributes:
-        batch_size: rows of an optimizer step, over all devices; a number, or {task: number} with "default".
+        batch_size: rows of an optimizer step, over all devices.
+        batch_sizes: {task: rows} for tasks with another number.
         micro_batches: parts that a step's rows are split into one after the other; exact under unequal token counts.
         epochs: passes over a task's examples.
         max_steps: steps of a phase, whatever the number of examples; 0 follows `epochs`.
@@ -107,7 +108,8 @@ class TrainSettings:
         loss_group_size: rows per group of "micro_batch_mean".
     """
 
-    batch_size: Any = 64
+    batch_size: int = 64
+    batch_sizes: Any = dataclasses.field(default_factory=dict)
     micro_batches: int = 1
     epochs: int = 1
     max_steps: int = 0
@@ -310,13 +312,9 @@ def batch_size_of(train: TrainSettings, task: str) -> int:
     """Rows of an optimizer step for a task.
 
     Raises:
-        UserError: "config.train.batch_size: no number for task <task> and no 'default'"
+        UserError: "config.train.batch_size=<n>: must be ..."
     """
-    size = train.batch_size
-    if isinstance(size, Mapping):
-        if task not in size and "default" not in size:
-            raise UserError(f"config.train.batch_size: no number for task {task} and no 'default'")
-        size = size.get(task, size.get("default"))
+    size = train.batch_sizes.get(task, train.batch_size)
     if not isinstance(size, int) or size < 1:
         raise UserError(f"config.train.batch_size={size!r}: must be a whole number >= 1")
     if size % train.micro_batches:

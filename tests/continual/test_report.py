@@ -157,6 +157,17 @@ def test_run_without_a_sequence(tmp_path):
     assert "| ScienceQA | 49.91 | 49.91 | 0.00 |" in markdown
 
 
+def test_isolated_tasks(tmp_path):
+    rows = [[None] * stage + [60.0 + stage] for stage in range(8)]
+    run = record(scoring={"coin": rows, "clean": rows}, gates={}, isolated={task: 60.0 + stage for stage, task in enumerate(TASKS)})
+    markdown = written(run, tmp_path)[0]
+    assert run.finished and not run.sequential
+    assert "| mean accuracy | 63.50 | 63.50 |" in markdown and "| VQAv2 | 66.00 | 66.00 | 66.00 | 12.50 |" in markdown
+    partial = record(scoring={"coin": rows[:3], "clean": rows[:3]}, gates={})
+    assert not partial.finished and not partial.sequential
+    assert "| ImageNet | 62.00 | 62.00 |" in written(partial, tmp_path, "published")[0]
+
+
 def test_comparison_with_the_papers():
     tables = published_section(record()).tables
     metric = {row[0].split(",")[0]: row[1:] for row in tables[0].rows}
@@ -171,6 +182,7 @@ def test_comparison_with_the_papers():
     ("changes", "sentence", "tables"),
     [
         ({"method": "mine"}, "print no row for the method mine", 1),
+        ({"benchmark": "CoIN"}, "matrix gives 62.40", 3),
         ({"benchmark": "coin_mini"}, "compare the pattern, not the levels", 3),
         ({"method": "branchlora"}, "as printed", 2),
         ({"tasks": tuple(reversed(TASKS)), "gates": {}}, "nothing to compare with", 0),

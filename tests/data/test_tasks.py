@@ -28,7 +28,10 @@ def test_coin_image_modes():
     assert {t for t in TASKS if get_task(t).coin_image_mode == "crop"} == {"ScienceQA", "ImageNet", "Grounding", "VQAv2"}
 
 
-@pytest.mark.parametrize("folder", ["playground/Instructions_Original", "Instructions_Original", "playground/Instructions_Type1", "Instructions"])
+FOLDERS = ["playground/Instructions_Original", "Instructions_Original", "playground/Instructions_Type1", "Instructions"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("with_images", [True, False])
 def test_layouts(tmp_path, folder, with_images):
     root = str(tmp_path)

@@ -20,7 +20,8 @@ from proglora_jax.data.templates import TEMPLATES
 from proglora_jax.data.tokens import Encoder, encode_example, encode_prompt, load_tokenizer
 
 VICUNA = TEMPLATES["vicuna_v1"]
-ANSWERS = ["A", "2", "Toaster.", "[0.41, 0.28, 0.6, 0.9]", " lead", "trail ", "été", "猫", 'a "b"', "x\ny", "</s>", "USER: hi", "<image>"]
+ANSWERS = ["A", "2", "Toaster.", "[0.41, 0.28, 0.6, 0.9]", " lead", "trail ", "été", "猫", 'a "b"', "x\ny"]
+ANSWERS += ["</s>", "USER: hi", "<image>"]
 QUESTIONS = ["What?", "Q\nA. x\nB. y\nAnswer.", " blanks ", "é?", "ASSISTANT: no", "a</s>b"]
 
 

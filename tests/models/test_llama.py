@@ -141,6 +141,8 @@ def test_unknown_names_are_refused(llava):
         llava.decode(x, remat="half")
     with pytest.raises(ValueError, match="attention='flash' is unknown: choose one of xla, cudnn"):
         Settings(attention="flash")
+    with pytest.raises(ValueError, match="attention='cudnn' computes in 16 bits only"):
+        Settings(attention="cudnn")
     with pytest.raises(ValueError, match="cache_size=1 is smaller than the 2 positions to store"):
         llava.decode(x, cache_size=1)
 

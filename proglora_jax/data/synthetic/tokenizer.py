@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -17,7 +18,8 @@ UNK, BOS, EOS, PAD, IMAGE = range(5)
 _SPACE = "\u2581"
 
 
-def vocabulary() -> list[str]:
+@functools.lru_cache(maxsize=None)
+def vocabulary() -> tuple[str, ...]:
     """All pieces in the order of their ids: specials, characters, roles, numbers, then the words of benchmark and mixture.
 
     The words are collected from drawn samples (seeded, so the list never changes) and from every instruction set.
@@ -34,7 +36,7 @@ def vocabulary() -> list[str]:
     characters = [chr(code) for code in range(33, 127)]
     numbers = [_SPACE + str(v) for v in range(11)] + [f"{_SPACE}{v / 100:.2f}" for v in range(101)]
     roles = [_SPACE, "\n", _SPACE + "\n", _SPACE + "[", _SPACE + "USER:", _SPACE + "ASSISTANT:", "'s"]
-    return [*SPECIALS, *characters, *roles, *numbers, *(_SPACE + word for word in words)]
+    return *SPECIALS, *characters, *roles, *numbers, *(_SPACE + word for word in words)
 
 
 def build_tokenizer() -> Tokenizer:

@@ -1,0 +1,49 @@
+"""The embedded benchmark: eight small tasks and a small model, no download, minutes on two CPU cores.
+
+    --config configs/coin_mini.py                       ProgLoRA (dynamic), eight tasks
+    --config configs/coin_mini.py:method=lora,seed=1    another method, another seed
+    --config configs/coin_mini.py:smoke                 three tasks, few steps, under 90 seconds
+    --config configs/coin_mini.py:method=lora,isolated  each task alone, for FWT
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import common  # noqa: E402
+
+# What the small model needs beside the papers' values: it moves its gates over 200 steps of width 96, not thousands of width 4096.
+SMALL = {
+    "proglora_dynamic": {"proj_width": 64, "gate_bonus": 5.0, "gate_bonus_fraction": 0.7, "gate_lr_multiplier": 3.0, "key_scale": 3.0},
+}
+
+
+def get_config(argument=""):
+    """The config; the argument names method, seed and variants, see above."""
+    options = common.parse(argument)
+    method = options.get("method", "proglora_dynamic")
+    config = common.base(method)
+    config.method.update({"rank": 16, "alpha": 32.0, "dropout": 0.0} | SMALL.get(method, {}))
+    config.model.update({"path": "embedded", "dtype": "float32", "param_dtype": "float32", "remat": "none"})
+    config.data.update({
+        "benchmark": "embedded", "root": "runs/coin_mini_data", "template": "vicuna_v1_bare", "max_length": 128, "buckets": ((128, 40),),
+        "grouping": "none", "embedded_train_size": 1600, "embedded_test_size": 200, "image_cache_mb": 256,
+    })
+    config.train.update({
+        "batch_size": 32, "epochs": 4, "learning_rate": 3e-3, "projector_learning_rate": 3e-4, "schedule": "cosine",
+        "loss_norm": "global_token_mean",
+    })
+    config.evaluate.update({"batch_size": 100, "max_new_tokens": 14, "prompt_lengths": (104,)})
+    config.similarity.pool = "mean"
+    config.run.update({"seed": int(options.get("seed", 0)), "log_every_steps": 50, "checkpoint_every_steps": 100})
+    if "isolated" in options:
+        config.run.protocol = "isolated"
+    if "smoke" in options:
+        config.data.update({"tasks": "TextVQA,ImageNet,OCRVQA", "root": "runs/coin_mini_smoke_data", "embedded_train_size": 160,
+                            "embedded_test_size": 40})
+        config.train.update({"epochs": 1, "max_steps": 12})
+        config.evaluate.batch_size = 40
+        config.run.update({"log_every_steps": 4, "checkpoint_every_steps": 6})
+    config.lock()
+    return config
