@@ -27,14 +27,14 @@ def get_config(argument=""):
     config.method.update({"rank": 16, "alpha": 32.0, "dropout": 0.0} | SMALL.get(method, {}))
     config.model.update({"path": "embedded", "dtype": "float32", "param_dtype": "float32", "remat": "none"})
     config.data.update({
-        "benchmark": "embedded", "root": "runs/coin_mini_data", "template": "vicuna_v1_bare", "max_length": 128, "buckets": ((128, 40),),
+        "benchmark": "embedded", "root": "runs/coin_mini_data", "template": "vicuna_v1_bare", "max_length": 92, "buckets": ((80, 8), (92, 24)),
         "grouping": "none", "embedded_train_size": 1600, "embedded_test_size": 200, "image_cache_mb": 256,
     })
     config.train.update({
         "batch_size": 32, "epochs": 4, "learning_rate": 3e-3, "projector_learning_rate": 3e-4, "schedule": "cosine",
         "loss_norm": "global_token_mean",
     })
-    config.evaluate.update({"batch_size": 100, "max_new_tokens": 14, "prompt_lengths": (104,)})
+    config.evaluate.update({"batch_size": 100, "max_new_tokens": 12, "prompt_lengths": (88,)})
     config.similarity.pool = "mean"
     config.run.update({"seed": int(options.get("seed", 0)), "log_every_steps": 50, "checkpoint_every_steps": 100})
     if "isolated" in options:

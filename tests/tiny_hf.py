@@ -17,7 +17,11 @@ CASES = {
         dict(hidden_size=20, intermediate_size=23, num_attention_heads=5, image_size=9, patch_size=3),
         dict(vision_feature_layer=1),
     ),
-    "tied_full": (dict(num_hidden_layers=1, tie_word_embeddings=True), {}, dict(vision_feature_select_strategy="full", vision_feature_layer=-1)),
+    "tied_full": (
+        dict(num_hidden_layers=1, tie_word_embeddings=True),
+        {},
+        dict(vision_feature_select_strategy="full", vision_feature_layer=-1),
+    ),
     "theta": (dict(rope_parameters={"rope_type": "default", "rope_theta": 500.0}), dict(hidden_act="gelu"), {}),
 }
 
@@ -25,10 +29,11 @@ CASES = {
 def make(case: str = "plain", seed: int = 0) -> transformers.LlavaForConditionalGeneration:
     """A random LLaVA whose weights are large enough for every layer to matter."""
     text, vision, rest = CASES[case]
-    base = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4)
-    text_config = transformers.LlamaConfig(**{**base, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2, **text})
-    base = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=8, patch_size=4, projection_dim=8)
-    vision_config = transformers.CLIPVisionConfig(**{**base, **vision})
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4)
+    ids = dict(vocab_size=VOCAB, pad_token_id=PAD, bos_token_id=1, eos_token_id=2)
+    text_config = transformers.LlamaConfig(**{**sizes, **ids, **text})
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, projection_dim=8)
+    vision_config = transformers.CLIPVisionConfig(**{**sizes, "image_size": 8, "patch_size": 4, **vision})
     tokens = (vision_config.image_size // vision_config.patch_size) ** 2 + (rest.get("vision_feature_select_strategy") == "full")
     config = transformers.LlavaConfig(
         vision_config=vision_config,

@@ -163,6 +163,7 @@ class EvalBatches:
     """
 
     def __init__(self, questions, encoded, encoder, loader, order, bucket, lengths, batch_size, share, task_id):
+        """Made by `eval_batches`; order: i64[n] question numbers in scoring order; bucket: i64[n] index into lengths per question."""
         self._questions, self._encoded, self._encoder, self._loader = questions, encoded, encoder, loader
         self._order, self._bucket, self._lengths = order, bucket, lengths
         self._batch_size, self._share, self._task_id = batch_size, share, task_id

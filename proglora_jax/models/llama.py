@@ -134,7 +134,9 @@ class Llama(nnx.Module):
         (key, value), contexts = kept
         return Output(self.norm(h), Cache(key, value), contexts)
 
-    def step(self, x: jax.Array, *, cache: Cache, position: jax.Array, adapter: Adapter | None, contexts: Any, settings: Settings) -> Output:
+    def step(
+        self, x: jax.Array, *, cache: Cache, position: jax.Array, adapter: Adapter | None, contexts: Any, settings: Settings
+    ) -> Output:
         """Runs one new position per row; arguments as in `Llava.decode`."""
         rotation = rope_tables(position[:, None], self.config.head_dim, self.config.rope_theta)
         leaves, layer_leaves = _scanned(adapter)

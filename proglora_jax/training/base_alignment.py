@@ -218,7 +218,8 @@ def _alignment_loss(
     picked = jnp.take_along_axis(logp, jnp.maximum(words, 0), -1)
     word_loss = -jnp.mean(jnp.sum(jnp.where(there, picked, 0), -1) / jnp.sum(there, -1))
     rows = jnp.arange(len(words))[:, None]
-    of_picture = jnp.zeros((len(words), len(names))).at[rows, jnp.where(there, words, len(names)).reshape(len(words), -1)].set(1, mode="drop")
+    columns = jnp.where(there, words, len(names)).reshape(len(words), -1)
+    of_picture = jnp.zeros((len(words), len(names))).at[rows, columns].set(1, mode="drop")
     summary = jax.nn.log_softmax(_unit(states[:, 0] @ trained["summary"]) @ names.T)
     summary_loss = -jnp.mean(jnp.sum(of_picture * summary, -1) / jnp.sum(of_picture, -1))
     boxed = boxes >= 0  # [B, P, 4]

@@ -16,6 +16,7 @@ from proglora_jax.data.synthetic import tokenizer as pieces
 from proglora_jax.data.synthetic.generic import draw_turns
 from proglora_jax.data.synthetic.words import named_rng
 from proglora_jax.data.templates import get_template
+from proglora_jax.models.layers import Settings
 from proglora_jax.models.llava import Llava
 from proglora_jax.models.presets import LlavaConfig
 from proglora_jax.training.base_alignment import Pictures, normalise
@@ -125,7 +126,7 @@ def train_language(
     used = None
 
     def outputs(trained, used, features, tokens, label_index):
-        model = Llava.from_tree(config, {**tree, **trained})
+        model = Llava.from_tree(config, {**tree, **trained}, Settings(unroll=config.text_config.num_hidden_layers))
         x = model.embed(tokens.astype(jnp.int32), model.project(features.astype(jnp.float32)))
         hidden = model.decode(x).hidden
         picked = jnp.take_along_axis(hidden, label_index.astype(jnp.int32)[..., None], 1)  # [B, K, D]

@@ -143,8 +143,8 @@ def processor_files(config: LlavaConfig) -> dict[str, dict]:
     """preprocessor_config.json and processor_config.json, as LLaVA-1.5's folders have them."""
     side = config.vision_config.image_size
     image = {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": side}, "resample": 3, "do_center_crop": True,
-        "crop_size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
+        "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
         "image_mean": [float(f"{v:.8f}") for v in base_alignment.MEAN], "image_std": [float(f"{v:.8f}") for v in base_alignment.STD],
         "do_convert_rgb": True,
     }

@@ -52,7 +52,8 @@ def in_memory_5x(name):
 
 def original(name):
     name = style_4x(name).replace("language_model.model.", "model.").replace("language_model.lm_head", "lm_head")
-    name = name.replace("multi_modal_projector.linear_1", "model.mm_projector.0").replace("multi_modal_projector.linear_2", "model.mm_projector.2")
+    for ours, theirs in (("linear_1", "0"), ("linear_2", "2")):
+        name = name.replace(f"multi_modal_projector.{ours}", f"model.mm_projector.{theirs}")
     return re.sub(r"^vision_tower", "model.vision_tower.vision_tower", name)
 
 
@@ -76,7 +77,8 @@ def test_config_of_transformers_4(saved, tmp_path):
 
 def test_buffers_without_a_use_are_ignored(saved, tmp_path):
     def more(tensors):
-        names = ["language_model.model.layers.0.self_attn.rotary_emb.inv_freq", "model.image_newline", "vision_tower.embeddings.position_ids"]
+        rotary = "language_model.model.layers.0.self_attn.rotary_emb.inv_freq"
+        names = [rotary, "model.image_newline", "vision_tower.embeddings.position_ids"]
         return {**tensors, **{name: np.zeros(3, np.float32) for name in names}}
 
     load_llava(rewrite(saved, tmp_path / "more", change=more), jnp.float32)

@@ -160,7 +160,9 @@ def test_an_existing_folder_is_reused_or_refused(tmp_path):
         write_benchmark(str(strange), 0, 2, 2)
 
 
-@pytest.mark.parametrize("arguments, message", [((0, 0, 2), "data.train_size=0"), ((0, 2, 0), "data.test_size=0"), ((0, 2, 2, ["X"]), "unknown task")])
+@pytest.mark.parametrize(
+    "arguments, message", [((0, 0, 2), "data.train_size=0"), ((0, 2, 0), "data.test_size=0"), ((0, 2, 2, ["X"]), "unknown task")]
+)
 def test_bad_arguments(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         write_benchmark(str(tmp_path / "data"), *arguments)

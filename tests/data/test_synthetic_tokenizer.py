@@ -60,7 +60,9 @@ def test_instructions_and_the_generic_mixture_survive(tokenizer):
             assert all(tokenizer.decode(ids_of(tokenizer, text)) == text for text in turn)
 
 
-@pytest.mark.parametrize("text", ["[0.41, 0.28, 0.60, 0.93]", "[1.00, 0.00, 0.5, 12.345]", "House.", "Zyx {q}~!\n\n a  b ", "\nA. x\nB. y", " ", "[[", "[ 1"])
+@pytest.mark.parametrize(
+    "text", ["[0.41, 0.28, 0.60, 0.93]", "[1.00, 0.00, 0.5, 12.345]", "House.", "Zyx {q}~!\n\n a  b ", "\nA. x\nB. y", " ", "[[", "[ 1"]
+)
 def test_any_ascii_text_survives(tokenizer, text):
     assert tokenizer.decode(ids_of(tokenizer, text)) == text
 

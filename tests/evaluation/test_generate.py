@@ -19,9 +19,13 @@ NEW = 8
 
 
 @functools.partial(jax.jit, static_argnames=("with_images", "new"))
-def run(llava, batch, eos_id, vocab_limit=None, with_images=True, new=NEW, pad_id=0):
-    limits = dict(eos_id=eos_id, pad_id=pad_id, vocab_limit=vocab_limit)
+def compiled(llava, batch, limits, with_images, new):
     return generate(llava, batch, max_new_tokens=new, with_images=with_images, **limits)
+
+
+def run(llava, batch, eos_id, vocab_limit=tiny_hf.VOCAB, with_images=True, new=NEW, pad_id=0):
+    """One program for most tests: all but the shapes is an argument of it."""
+    return compiled(llava, batch, dict(eos_id=eos_id, pad_id=pad_id, vocab_limit=vocab_limit), with_images, new)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     theirs.save_pretrained(folder)
     tokens, length, image = tiny_hf.batch(theirs, np.random.default_rng(5), lengths=(14, 9, 6, 11), images=(True, True, False, True))
-    batch = dict(tokens=tokens, length=length, image=image)
+    batch = dict(tokens=tokens, length=length, image=image, valid=np.ones(4, bool))
     return theirs, load_llava(folder, jnp.float32), batch, reference(theirs, batch, eos=None)
 
 
@@ -122,7 +126,9 @@ def test_gates_are_asked_once_and_travel_with_the_cache(models):
         asked.append(x.shape)
         return Adapter(leaves, {}, 0.2 * jnp.tanh(x[:, :3].sum(axis=(1, 2)))[:, None, None], delta)
 
-    result = jax.jit(lambda llava, batch: generate(llava, batch, make_adapter, max_new_tokens=NEW, eos_id=-5, pad_id=0))(ours, batch)
+    # Also without the entries that may be left out: valid and vocab_limit.
+    bare_batch = {name: batch[name] for name in ("tokens", "length", "image")}
+    result = jax.jit(lambda llava, batch: generate(llava, batch, make_adapter, max_new_tokens=NEW, eos_id=-5, pad_id=0))(ours, bare_batch)
     assert len(asked) == 1
     image = ours.project(ours.encode_image(jnp.asarray(batch["image"])))
     adapter = make_adapter(ours.embed(batch["tokens"], image), batch)

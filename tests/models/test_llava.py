@@ -12,9 +12,7 @@ import pytest
 import tiny_hf
 import torch
 
-from proglora_jax.checkpoints.hf_export import hf_tensors
 from proglora_jax.checkpoints.hf_import import load_llava
-from proglora_jax.checkpoints.names import canonical
 from proglora_jax.models.llava import Llava, random_llava
 from proglora_jax.models.presets import ClipConfig, LlamaConfig, LlavaConfig
 
@@ -29,7 +27,7 @@ def forward_text(llava, tokens):
     return llava.logits(llava.decode(llava.embed(tokens, None)).hidden)
 
 
-@pytest.mark.parametrize("case", tiny_hf.CASES)
+@pytest.mark.parametrize("case", [case for case in tiny_hf.CASES if case != "plain"])
 def test_logits_of_a_mixed_padded_batch(case, rng, tmp_path):
     theirs = tiny_hf.make(case)
     theirs.save_pretrained(tmp_path)
@@ -40,8 +38,16 @@ def test_logits_of_a_mixed_padded_batch(case, rng, tmp_path):
     valid = np.arange(tokens.shape[1])[None] < length[:, None]
     actual = np.asarray(forward(ours, tokens, image))
     np.testing.assert_allclose(actual[valid], expected[valid], rtol=1e-4, atol=1e-4)
-    if case == "plain":  # with lengths the padded positions agree as well
-        np.testing.assert_allclose(forward(ours, tokens, image, length), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_with_lengths_padded_positions_agree_too(rng, tmp_path):
+    theirs = tiny_hf.make("plain")
+    theirs.save_pretrained(tmp_path)
+    ours = load_llava(tmp_path, jnp.float32)
+    tokens, length, image = tiny_hf.batch(theirs, rng)
+    with torch.no_grad():
+        expected = theirs(**tiny_hf.torch_inputs(tokens, length, image)).logits.numpy()
+    np.testing.assert_allclose(forward(ours, tokens, image, length), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_text_only_rows_ignore_their_image(rng, tmp_path):
@@ -94,36 +100,6 @@ def test_tree_round_trip():
     del tree["language"]["norm"]
     with pytest.raises(ValueError, match="no parameter at language/norm/scale"):
         Llava.from_tree(llava.config, tree)
-
-
-def test_gradient_of_every_parameter_is_torchs(rng, tmp_path):
-    theirs = tiny_hf.make("grouped")
-    theirs.save_pretrained(tmp_path)
-    ours = load_llava(tmp_path, jnp.float32)
-    tokens, length, image = tiny_hf.batch(theirs, rng, lengths=(6, 8), images=(True, True))
-    labels = np.where(np.arange(tokens.shape[1])[None] < length[:, None], tokens, -100)
-    labels[:, :7] = -100
-    theirs(**tiny_hf.torch_inputs(tokens, length, image), labels=torch.tensor(labels, dtype=torch.long)).loss.backward()
-    expected = {canonical(name): parameter.grad for name, parameter in theirs.named_parameters()}
-
-    @jax.jit
-    @jax.value_and_grad
-    def gradient(tree):
-        llava = Llava.from_tree(ours.config, tree)
-        hidden = llava.decode(llava.embed(tokens, llava.project(llava.encode_image(image, trainable=True)))).hidden
-        scores = jax.nn.log_softmax(llava.logits(hidden))[:, :-1]
-        kept = labels[:, 1:] != -100
-        picked = jnp.take_along_axis(scores, np.where(kept, labels[:, 1:], 0)[..., None], axis=-1)[..., 0]
-        return -jnp.sum(picked * kept) / kept.sum()
-
-    value, tree = gradient(ours.to_tree())
-    for name, actual in hf_tensors(Llava.from_tree(ours.config, tree)):
-        if expected[name] is None:  # a layer of the vision tower that the feature layer does not need
-            assert not np.any(actual), name
-        else:
-            # Biases of keys have a gradient of exactly 0 (softmax does not see them): there both sides hold rounding only.
-            scale = expected[name].abs().max().item()
-            np.testing.assert_allclose(actual, expected[name], rtol=1e-4, atol=1e-6 + 1e-5 * scale, err_msg=name)
 
 
 def test_random_parameters_depend_on_seed_and_path_only():

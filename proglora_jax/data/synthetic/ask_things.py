@@ -60,6 +60,7 @@ def scienceqa(rng: np.random.Generator, turns: int) -> Item:
     else:
         scene = thermometers_scene(rng)
         right = scene.facts["warmer"]
-        item = _options(rng, "Which thermometer shows the higher temperature?", right, [d for d in ("left", "right") if d != right] + ["neither"])
+        wrong = [side for side in ("left", "right", "neither") if side != right]
+        item = _options(rng, "Which thermometer shows the higher temperature?", right, wrong)
     item.pixels = scene.canvas.pixels
     return item

@@ -54,7 +54,8 @@ def write_benchmark(
     for field, size in (("train_size", train_size), ("test_size", test_size)):
         if size < 1:
             raise UserError(f"data.{field}={size}: sizes must be >= 1")
-    wanted = {"benchmark": "coin_mini", "version": VERSION, "seed": seed, "train_size": train_size, "test_size": test_size, "tasks": list(names)}
+    sizes = {"train_size": train_size, "test_size": test_size}
+    wanted = {"benchmark": "coin_mini", "version": VERSION, "seed": seed, **sizes, "tasks": list(names)}
     if (found := _existing(root, wanted)) is not None:
         return found
     parent = os.path.dirname(os.path.abspath(root))
@@ -116,10 +117,10 @@ def _write_task(root: str, task: str, seed: int, train_size: int, test_size: int
         record = layout.training_record if train else layout.evaluation_record
         for name, folder in layout.INSTRUCTION_FOLDERS.items():
             choices = instructions(name, task)
-            records = [
-                record(task, i, image, item, partial(with_instruction, task=task, instruction=pick(named_rng(seed, name, task, split, i), choices)))
-                for i, (image, item) in enumerate(zip(images, items, strict=True))
-            ]
+            records = []
+            for i, (image, item) in enumerate(zip(images, items, strict=True)):
+                instruction = pick(named_rng(seed, name, task, split, i), choices)
+                records.append(record(task, i, image, item, partial(with_instruction, task=task, instruction=instruction)))
             _write_json(root, f"{folder}/{task}/{'train' if train else spec.split}.json", records, manifest)
     for path, content in layout.auxiliary_files(task, drawn["train"], drawn["test"]).items():
         _write_json(root, f"{layout.IMAGE_FOLDER}/{path}", content, manifest)

@@ -232,7 +232,9 @@ def _thermometers(rng, scene: Scene) -> Turn:
     return "Compare the thermometers.", f"The {warmer} one is higher and the {cooler} one is lower."
 
 
-_SHAPES = (_describe, _where, _corners, _corners, _corners, _edge, _edge, _relation, _relation, _relation, _colour, _name, _presence, _count)
+_SHAPES = (
+    _describe, _where, _corners, _corners, _corners, _edge, _edge, _relation, _relation, _relation, _colour, _name, _presence, _count,
+)
 _QUESTIONS = {
     "shapes": _SHAPES, "sign": (_sign,), "object": (_object,), "cover": (_cover,),
     "arrow": (_arrow,), "bars": (_bars,), "thermometers": (_thermometers,),

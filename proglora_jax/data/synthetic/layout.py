@@ -44,7 +44,7 @@ def science_id(index: int, train: bool) -> str:
 
 def _imagenet(index: int, train: bool, item: Item) -> str:
     wnid = f"n{item.extra['class'] + 1:08d}"
-    return f"ImageNet_withlabel/train/{wnid}/{wnid}_{index}.JPEG" if train else f"ImageNet_withlabel/val/ILSVRC2012_val_{index + 1:08d}.JPEG"
+    return "ImageNet_withlabel/" + (f"train/{wnid}/{wnid}_{index}.JPEG" if train else f"val/ILSVRC2012_val_{index + 1:08d}.JPEG")
 
 
 TASKS: Mapping[str, Task] = {
@@ -126,15 +126,16 @@ def auxiliary_files(task: str, train: list[Item], test: list[Item]) -> dict[str,
         return {"ScienceQA/problems.json": problems, "ScienceQA/pid_splits.json": splits | {"val": []}}
     if task == "TextVQA":
         data = [
-            {"question_id": 34_602 + i, "image_id": _hex(i, False), "question": item.turns[0][0], "answers": item.extra["answers"], "set_name": "val"}
+            {"question_id": 34_602 + i, "image_id": _hex(i, False), "question": item.turns[0][0], "answers": item.extra["answers"]}
             for i, item in enumerate(test)
         ]
-        return {"TextVQA/TextVQA_0.5.1_val.json": {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1", "data": data}}
+        head = {"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": "0.5.1"}
+        return {"TextVQA/TextVQA_0.5.1_val.json": head | {"data": data}}
     if task == "GQA":
         questions = {
             question_id("GQA", i, False, ""): {
                 "question": item.turns[0][0], "answer": item.turns[0][1], "imageId": f"n{100_000 + i}", "isBalanced": True,
-                "types": {"structural": "verify" if item.turns[0][1] in ("yes", "no") else "query", "semantic": "rel", "detailed": "relation"},
+                "types": {"structural": "verify" if item.turns[0][1] in ("yes", "no") else "query", "semantic": "rel"},
             }
             for i, item in enumerate(test)
         }

@@ -56,8 +56,8 @@ def place(rng: np.random.Generator, sizes: list[int], width: int, height: int, g
             for _ in range(20):
                 x = GRID_PX * int(rng.integers((width - size) // GRID_PX + 1))
                 y = GRID_PX * int(rng.integers((height - size) // GRID_PX + 1))
-                apart = (max(x - (a + s), a - (x + size), y - (b + s), b - (y + size)) >= gap for (a, b), s in zip(corners, sizes, strict=False))
-                if all(apart):
+                others = zip(corners, sizes, strict=False)
+                if all(max(x - (a + s), a - (x + size), y - (b + s), b - (y + size)) >= gap for (a, b), s in others):
                     corners.append((x, y))
                     break
             else:
@@ -122,7 +122,8 @@ def sign_scene(rng: np.random.Generator, words: list[str]) -> Scene:
     else:
         row = int(rng.integers(1, 5))
         y = pick(rng, [v for v in range(0, SIDE_PX - 11, 4) if v + 12 <= row * 8 - 3 or v >= row * 8 + 12])
-        canvas.paint(stencils.shape(name := pick(rng, SHAPES), 12), 4 * int(rng.integers(10)), y, kind="shape", name=name, colour=colours[1])
+        name, x = pick(rng, SHAPES), 4 * int(rng.integers(10))
+        canvas.paint(stencils.shape(name, 12), x, y, kind="shape", name=name, colour=colours[1])
         _board(canvas, words[0], row, colours[0])
     return Scene("sign", canvas, {"words": words, "colours": colours[: len(words)]})
 

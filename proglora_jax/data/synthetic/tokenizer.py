@@ -52,7 +52,8 @@ def build_tokenizer() -> Tokenizer:
         normalizers.Replace("\n", "\n "), normalizers.Replace("[", "[ "), normalizers.Replace(" ", _SPACE), normalizers.Prepend(_SPACE),
     ])
     tokenizer.decoder = decoders.Sequence([
-        decoders.Replace(_SPACE, " "), decoders.Fuse(), decoders.Replace("\n ", "\n"), decoders.Replace("[ ", "["), decoders.Strip(" ", 1, 0),
+        decoders.Replace(_SPACE, " "), decoders.Fuse(), decoders.Replace("\n ", "\n"), decoders.Replace("[ ", "["),
+        decoders.Strip(" ", 1, 0),
     ])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)])
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
