@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import shlex
+import signal
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +29,43 @@ _COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of proc
 _PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes the run has.")
 _PROCESS = flags.DEFINE_integer("process_id", -1, "Which of them this one is.")
 
-# Fields that may differ between a run and its continuation: they change nothing that is computed.
-_FREE = (("run", "log_every_steps"), ("run", "checkpoint_every_steps"), ("run", "tensorboard"), ("run", "compilation_cache"),
-         ("run", "isolated_results"), ("data", "threads"), ("data", "image_cache_mb"), ("data", "root"), ("mesh", "data"), ("mesh", "fsdp"), ("mesh", "model"))
+# Fields that may differ between a run and its continuation: they change nothing that is computed, or only whether it can be. What
+# may have to change before a run that stopped with an error can go on must be here, or the work done so far would be lost.
+_FREE = {
+    "run.log_every_steps", "run.checkpoint_every_steps", "run.tensorboard", "run.compilation_cache", "run.isolated_results", "data.root",
+    "data.threads", "data.image_cache_mb", "data.on_bad_image", "evaluate.batch_size", "evaluate.prompt_lengths", "mesh.data", "mesh.fsdp",
+    "mesh.model",
+}
+# What a full, read-only or broken disk says, and files where folders should be; anything else is not for the user to mend.
+_DISK = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.EMFILE, errno.ENFILE,
+}
 
 
 def main(argv: list[str]) -> None:
-    """Builds the run from the flags and runs it.
+    """Runs what the flags say.
 
     Raises:
-        SystemExit: with 0 after a stop signal, with 1 after an error of the user's, whose sentence is printed.
+        SystemExit: with 1 after an error of the user's, whose sentence is printed; a stop signal that was obeyed is no error.
     """
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     # Imported here: --help and a mistyped flag should not wait for jax.
+    import jax
+
     from proglora_jax.training.console import setup_console
     from proglora_jax.training.loop import Stopped
 
     setup_console()
     try:
-        _run()
+        if _CONFIG.value is None:
+            raise UserError("--config is missing: give a config file, e.g. --config configs/coin_mini.py")
+        if _PROCESSES.value > 1:
+            jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        config = _CONFIG.value.to_dict()
+        command = " ".join(shlex.quote(arg) for arg in ["python", "-m", "proglora_jax.main", *sys.argv[1:]])
+        run(config, _WORKDIR.value or default_workdir(sys.argv[1:], config), command)
     except Stopped as stop:
         logging.info("%s; run the same command to go on", stop)
     except UserError as error:
@@ -53,7 +74,23 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-def _run() -> None:
+def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, command: str = "") -> list[str]:
+    """Runs a config in a workdir, or goes on with what was begun there.
+
+    SIGTERM and SIGINT are obeyed between two steps, with the progress saved.
+
+    Args:
+        config: {section: {field: value}} with the fields of configs/common.py.
+        workdir: folder of the run.
+        command: what made the run, for the report.
+
+    Returns:
+        The files of the report, report.md first.
+
+    Raises:
+        UserError: for what the user can mend; what was computed before stays in the workdir.
+        Stopped: after a stop signal.
+    """
     import jax
 
     from proglora_jax.continual import runner
@@ -61,85 +98,117 @@ def _run() -> None:
     from proglora_jax.continual.session import open_session
     from proglora_jax.training.settings import from_config
 
-    # ---- config and workdir, before anything slow
-    if _CONFIG.value is None:
-        raise UserError("--config is missing: give a config file, e.g. --config configs/coin_mini.py")
-    if _PROCESSES.value > 1:
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    config = _CONFIG.value.to_dict()
-    settings = from_config(config)
-    workdir = Path(_WORKDIR.value or default_workdir(settings.method.name, settings.run.seed))
-    lock = claim_workdir(workdir, config)
+    began, workdir = time.monotonic(), Path(workdir)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with contextlib.ExitStack() as stack:
+        # ---- config and workdir, before anything slow
+        settings = from_config(config)
+        stack.enter_context(_disk_errors(workdir))
+        stack.enter_context(claim_workdir(workdir, config, command, chief=jax.process_index() == 0))
 
-    # ---- devices
-    if settings.run.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.expanduser(settings.run.compilation_cache)))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    began = time.monotonic()
-    logging.info("workdir %s, %d device(s): %s", workdir, jax.device_count(), jax.devices()[0].device_kind)
+        # ---- devices
+        if settings.run.compilation_cache:
+            jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.expanduser(settings.run.compilation_cache)))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        logging.info("workdir %s, %d device(s): %s", workdir, jax.device_count(), jax.devices()[0].device_kind)
 
-    # ---- the run
-    session = open_session(settings, workdir, resumed=(workdir / "metrics.jsonl").exists())
-    with session.logger:
-        runner.run(session)
-    if session.chief:
-        written = write_report(workdir)
-        logging.info("done in %.0f s; the report is %s", time.monotonic() - began, ", ".join(map(str, written[:2])))
-    lock.close()
+        # ---- the run
+        stack.callback(lambda: [signal.signal(number, handler) for number, handler in handlers.items()])
+        session = open_session(settings, workdir, resumed=(workdir / "metrics.jsonl").exists())
+        with session.logger:
+            runner.run(session)
+        written = write_report(workdir) if session.chief else []
+    logging.info("done in %.0f s; the report is %s", time.monotonic() - began, ", ".join(map(str, written[:2])))
+    return written
 
 
-def default_workdir(method: str, seed: int) -> str:
-    """runs/<config>_<method>_seed<seed>, from the name of the config file and its argument."""
-    name = next((arg.split("=", 1)[-1] for arg in sys.argv if "--config=" in arg), None)
-    if name is None:
-        name = sys.argv[sys.argv.index("--config") + 1] if "--config" in sys.argv else "run"
+def default_workdir(arguments: Sequence[str], config: Mapping[str, Any]) -> str:
+    """runs/<config>_<method>_seed<seed>, from the name of the config file and its argument.
+
+    Args:
+        arguments: the command line's, without the program's name.
+        config: the config; its method and seed become part of the name.
+    """
+    name = next((arg.partition("=")[2] for arg in arguments if re.match("--?config=", arg)), "")
+    name = name or next((value for flag, value in zip(arguments, arguments[1:]) if flag in ("--config", "-config")), "run")
     path, _, variant = name.partition(":")
-    stem = Path(path).stem + (f"_{variant.replace(',', '_').replace('=', '-')}" if variant and "method" not in variant else "")
-    return os.path.join("runs", f"{stem}_{method}_seed{seed}")
+    # The method and the seed have their own places in the name.
+    words = [word.strip().replace("=", "-") for word in variant.split(",") if word.strip() and word.partition("=")[0].strip() not in ("method", "seed")]
+    method, seed = config.get("method", {}).get("name", ""), config.get("run", {}).get("seed", 0)
+    return os.path.join("runs", "_".join([Path(path).stem, *words, str(method), f"seed{seed}"]))
 
 
-def claim_workdir(workdir: Path, config: dict[str, Any]) -> Any:
+@contextlib.contextmanager
+def claim_workdir(workdir: Path, config: Mapping[str, Mapping[str, Any]], command: str = "", *, chief: bool = True) -> Iterator[None]:
     """Takes a workdir for this process and this config; a new one gets its config.json.
 
-    Returns:
-        The open lock file; the lock goes with the process, however it ends.
+    The lock goes with the process, however it ends.
+
+    Args:
+        workdir: the folder; made if missing.
+        config: as for `run`.
+        command: what made the run, kept in config.json.
+        chief: False in all processes of a run but one, which alone locks and writes.
 
     Raises:
         UserError: for a folder that cannot be written, is in use, or belongs to another config.
     """
+    if not chief:
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = open(workdir / ".lock", "w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be written ({error.strerror}); choose another folder") from error
-    if int(os.environ.get("PROGLORA_PROCESS_ID", max(_PROCESS.value, 0))) > 0:
-        return lock
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: another process is using it; wait for it or choose another folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: another process is using it; wait for it or choose another folder") from error
+        _check_owner(workdir, config, command)
+        yield
+
+
+def _check_owner(workdir: Path, config: Mapping[str, Mapping[str, Any]], command: str) -> None:
+    """Compares a workdir's config.json with the config, or writes it."""
     path, now = workdir / "config.json", _comparable(config)
     if path.exists():
-        there = _comparable(read_json(path)["config"])
+        stated = read_json(path)
+        if not isinstance(stated, dict) or not isinstance(stated.get("config"), dict):
+            raise UserError(f"{path}: is not the config of a run; put the file back, or choose another folder")
+        there = _comparable(stated["config"])
         differing = [f"config.{name} is {there.get(name)!r} there and {now.get(name)!r} here" for name in sorted(set(there) | set(now))
                      if there.get(name) != now.get(name)]
         if differing:
             raise UserError(
                 f"--workdir={workdir}: belongs to another config: {'; '.join(differing[:3])}"
                 f"{f'; and {len(differing) - 3} more' if len(differing) > 3 else ''}. Choose another folder, or run with that config")
-        return lock
+        return
     if any(workdir.glob("stages/*")):
         raise UserError(f"--workdir={workdir}: holds stages but no config.json; choose an empty folder")
-    command = " ".join(shlex.quote(arg) for arg in ["python", "-m", "proglora_jax.main", *sys.argv[1:]])
     digest = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:16]
     atomic_write_json(path, {"config": config, "hash": digest, "command": command})
-    return lock
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+def _comparable(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """{"section.field": value} of all fields that decide the results, in the form that JSON gives back."""
-    flat = {f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items() if (section, name) not in _FREE}
-    return json.loads(json.dumps(flat))
+    flat = {f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()}
+    return json.loads(json.dumps({name: value for name, value in flat.items() if name not in _FREE}))
+
+
+@contextlib.contextmanager
+def _disk_errors(workdir: Path) -> Iterator[None]:
+    """Turns what a disk refuses into one sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        raise UserError(
+            f"{error.filename or workdir}: {error.strerror}; mend that and run the same command again: it goes on from what was saved") from error
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from proglora_jax.core.types import PyTree
 
@@ -75,7 +76,7 @@ def pooled_low_rank(x, pool_a, pool_b, pool_gate, a, b, gate, scale=1.0, mix="de
 
 
 def _forward(x, pool_a, pool_b, pool_gate, a, b, gate, scale, mix):
-    u = _project(x, jnp.concatenate([pool_a, a], axis=-1))  # [B, T, R]
+    u = checkpoint_name(_project(x, jnp.concatenate([pool_a, a], axis=-1)), "low_rank")  # [B, T, R]
     h = mix_ranks(u, _join_gates(pool_gate, gate), mix, a.shape[-1])
     y = _project(h.astype(x.dtype), jnp.concatenate([pool_b, b], axis=0)) * scale  # [B, T, d_out]
     return y.astype(x.dtype), (x, u, pool_a, pool_b, pool_gate, a, b, gate)

@@ -27,8 +27,9 @@ _PREFIXES = (
     (r"^(model\.)?mm_projector\.2\.", "multi_modal_projector.linear_2."),
     (r"^model\.(?=embed_tokens\.|layers\.|norm\.)", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
-    # CLIP on its own.
+    # CLIP on its own, and its vision tower on its own (with transformers 5.x without a prefix).
     (r"^vision_model\.", "vision_tower.vision_model."),
+    (r"^(?=embeddings\.|encoder\.layers\.|pre_layrnorm\.|post_layernorm\.)", "vision_tower.vision_model."),
 )
 
 # Buffers that follow from the config, and the parts of a CLIP checkpoint that are not its vision tower.

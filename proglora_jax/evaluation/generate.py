@@ -19,11 +19,13 @@ class Generated:
         tokens: i32[B, max_new_tokens] the answer, then EOS where the row ended, then padding.
         count: i32[B] number of tokens of the answer; EOS is not counted.
         hit_cap: bool[B] the row was cut off before it ended.
+        contexts: what the layers decided at prefill, stacked [L, ...]; see `Adapter.layer_gate`.
     """
 
     tokens: jax.Array
     count: jax.Array
     hit_cap: jax.Array
+    contexts: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -47,6 +49,7 @@ def generate(
     vocab_limit: int | None = None,
     projector: Mapping | None = None,
     with_images: bool = True,
+    regate: bool = False,
 ) -> Generated:
     """Generates the most probable next token until EOS or the cap; pure, to be called under jax.jit.
 
@@ -64,6 +67,8 @@ def generate(
         vocab_limit: ids from this one on are never chosen (rows of the embedding table that no token uses); None allows all.
         projector: projector in place of the model's own, see `Llava.project`.
         with_images: False skips the vision tower for a batch without images; static.
+        regate: ask `make_adapter` again for every new token, with that token's embedding alone and {"new_token": True} in the batch
+            (what ProgLoRA's released code does); static.
 
     Returns:
         Generated(tokens, count, hit_cap).
@@ -85,7 +90,8 @@ def generate(
     def advance(state: _State) -> _State:
         position = length + state.step - 1  # where the token of the step before goes
         embedded = llava.embed(state.token[:, None], None)
-        output = llava.decode(embedded, adapter=adapter, cache=state.cache, position=position, contexts=contexts)
+        own = make_adapter(embedded, {**batch, "new_token": True}) if regate and make_adapter is not None else adapter
+        output = llava.decode(embedded, adapter=own, cache=state.cache, position=position, contexts=None if regate else contexts)
         token = _choose(llava.logits(output.hidden[:, 0]), vocab_limit)
         return _write(state, token, output.cache, eos_id, pad_id)
 
@@ -96,7 +102,7 @@ def generate(
     # A filler row is done from the start and holds padding only, so its count is 0 whatever the padding id is.
     ended = jnp.any(state.tokens == eos_id, axis=1)
     count = jnp.where(ended, jnp.argmax(state.tokens == eos_id, axis=1), max_new_tokens)
-    return Generated(state.tokens, jnp.where(valid, count, 0).astype(jnp.int32), valid & ~ended)
+    return Generated(state.tokens, jnp.where(valid, count, 0).astype(jnp.int32), valid & ~ended, contexts)
 
 
 def _choose(logits: jax.Array, vocab_limit: int | None) -> jax.Array:

@@ -32,6 +32,7 @@ class GateInputs:
         progress: f32[] share of the phase's steps done, 1 outside training.
         training: whether this is a training step (static).
         routed: [B, T, D] hidden states that route where `routing_layer` > 0, else None.
+        contexts: what the layers decided for themselves, stacked [L, ...], where the method `gates_in_layers`; for `probe` only.
     """
 
     embeddings: jax.Array
@@ -41,6 +42,7 @@ class GateInputs:
     progress: jax.Array
     training: bool = dataclasses.field(metadata=dict(static=True))
     routed: jax.Array | None = None
+    contexts: PyTree = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,7 @@ def pooled_delta(name, leaves, context, gates, x, *, scale: float, mix: str, rat
     if rate and context:
         key = trees.fold_in_name(context["dropout_key"], name)
         x = lowrank.dropout(key, x, rate)
+    gates = context if "pool" in context else gates  # a layer that gates itself
     pool = leaves.get("pool_a", jnp.zeros((x.shape[-1], 0), jnp.float32)), leaves.get("pool_b", jnp.zeros((0, leaves["b"].shape[-1]), jnp.float32))
     return lowrank.pooled_low_rank(x, *pool, gates["pool"], leaves["a"], leaves["b"], gates["new"], scale, mix)
 
@@ -122,6 +125,8 @@ class Method:
     uses_task_id: ClassVar[bool] = False
     keeps_forward: ClassVar[bool] = True
     routing_layer: ClassVar[int] = 0
+    regates: ClassVar[bool] = False
+    gates_in_layers: ClassVar[bool] = False
 
     def __post_init__(self):
         require(self.rank >= 1, "rank", self.rank, "rank must be >= 1 (ProgLoRA uses 16)")

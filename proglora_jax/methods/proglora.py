@@ -14,6 +14,7 @@ from proglora_jax.core import tree as trees
 from proglora_jax.core.types import CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
 from proglora_jax.data import replay
+from proglora_jax.methods import layer_routing
 from proglora_jax.methods.base import ADAPTER, GATE, PROJECTOR, GateInputs, Probe, TaskInfo, require, require_choice
 from proglora_jax.methods.pooled import Pooled
 
@@ -27,6 +28,8 @@ class ProgLoRADynamic(Pooled):
     Attributes:
         routing_tokens: positions that the feature is pooled over; "released_code" includes answers while training.
         routing_layer: 0 pools the input embeddings, k the frozen backbone's hidden states after k layers.
+        routing_scope: "global" (one query projector and key table, one gate vector per sample) or "per_layer" (each layer has its
+            own and pools the hidden states that enter it).
         routing_decode: "prefill_cached" (gates of the prompt serve all new tokens) or "per_token" (the released code's).
         split_max_quirk: the released code's two separately shifted groups of logits.
         temperature: "sqrt_d" or a number; the logits are divided by it.
@@ -53,6 +56,7 @@ class ProgLoRADynamic(Pooled):
 
     routing_tokens: str = "instruction"
     routing_layer: int = 0
+    routing_scope: str = "global"
     routing_decode: str = "prefill_cached"
     split_max_quirk: bool = False
     temperature: str = "sqrt_d"
@@ -80,6 +84,13 @@ class ProgLoRADynamic(Pooled):
         super().__post_init__()
         require_choice("routing_tokens", self.routing_tokens, ROUTING_TOKENS)
         require(self.routing_layer >= 0, "routing_layer", self.routing_layer, "must be 0 (input embeddings) or a number of layers")
+        require_choice("routing_scope", self.routing_scope, ("global", "per_layer"))
+        require(self.routing_scope == "global" or self.routing_decode == "prefill_cached", "routing_decode", self.routing_decode,
+                "must be 'prefill_cached' with routing_scope='per_layer'")
+        require(self.routing_scope == "global" or self.routing_tokens != "released_code", "routing_tokens", self.routing_tokens,
+                "the released code routes globally; use routing_scope='global'")
+        require(self.routing_scope == "global" or self.routing_layer == 0, "routing_layer", self.routing_layer,
+                "must be 0 with routing_scope='per_layer', where every layer pools what enters it")
         require_choice("routing_decode", self.routing_decode, ("prefill_cached", "per_token"))
         require_choice("proj_variant", self.proj_variant, ("paper", "code"))
         require(self.proj_width >= 1, "proj_width", self.proj_width, "must be >= 1 (256 reproduces the published count)")
@@ -92,6 +103,16 @@ class ProgLoRADynamic(Pooled):
         require(self.recall_batch >= 0, "recall_batch", self.recall_batch, "must be 0 (all) or a number of samples")
         require(0 < self.gate_bonus_fraction <= 1, "gate_bonus_fraction", self.gate_bonus_fraction, "must be in (0, 1]")
         self._temperature(1)
+
+    @property
+    def gates_in_layers(self) -> bool:
+        """Whether each layer computes gates of its own."""
+        return self.routing_scope == "per_layer"
+
+    @property
+    def regates(self) -> bool:
+        """Whether each generated token gets gates of its own."""
+        return self.routing_decode == "per_token"
 
     def _temperature(self, width: int) -> float:
         if self.temperature == "sqrt_d":
@@ -112,9 +133,12 @@ class ProgLoRADynamic(Pooled):
             "keys": jnp.zeros((total, width), jnp.float32),
             "query_projector": gating.init_query_projector(trees.named_generator(seed, "query_projector"), width, self.proj_width),
         }
+        layers = (targets.layers,) if self.gates_in_layers else ()
+        if self.gates_in_layers:
+            routing = layer_routing.stack_router(routing, targets.layers)
         memory = {
-            "features": jnp.zeros((total, phi, width), jnp.float32),
-            "targets": jnp.zeros((total, phi, total), jnp.float32),
+            "features": jnp.zeros((total, phi, *layers, width), jnp.float32),
+            "targets": jnp.zeros((total, phi, *layers, total), jnp.float32),
             "mask": jnp.zeros((total, phi), jnp.float32),
         }
         return dataclasses.replace(state, params=state.params | routing, memory=memory)
@@ -125,7 +149,7 @@ class ProgLoRADynamic(Pooled):
         if info.index == 0:
             return state
         params = state.params
-        keys = params["keys"].at[info.index - 1].set(params["key"])
+        keys = jnp.asarray(params["keys"]).at[..., info.index - 1, :].set(params["key"])
         state = dataclasses.replace(state, params=params | {"keys": keys, "key": self._new_key(state, info, probe)})
         memory = state.memory | {"mask": self._counted(info)}
         if self.recall_targets == "recompute":
@@ -136,10 +160,11 @@ class ProgLoRADynamic(Pooled):
         if self.key_init == "copy_prev":
             return state.params["key"]
         if self.key_init == "fresh_xavier":
-            width = state.params["key"].shape[0]
-            return jnp.asarray(gating.init_key(trees.named_generator(info.seed, "key", info.index), width, self.key_scale))
+            shape = state.params["key"].shape
+            key = gating.init_key(trees.named_generator(info.seed, "key", info.index), shape[-1], self.key_scale)
+            return jnp.broadcast_to(key, shape)
         query = probe(state, replay.replay_indices(info.size, max(self.recall_per_task, 1), info.seed, info.name))["h"].mean(0)
-        return jnp.asarray(self.key_scale * query / np.maximum(np.linalg.norm(query), 1e-6), jnp.float32)
+        return jnp.asarray(self.key_scale * query / np.maximum(np.linalg.norm(query, axis=-1, keepdims=True), 1e-6), jnp.float32)
 
     def _counted(self, info: TaskInfo) -> jax.Array:
         similarity = info.similarity if self.recall_count == "similarity" else np.zeros(info.index)
@@ -152,7 +177,7 @@ class ProgLoRADynamic(Pooled):
         targets = state.memory["targets"]
         for task in range(info.index):
             projector = state.memory["projectors"][f"task_{task:02d}"]
-            logits = self._logits(state.params | {"query_projector": projector}, state.memory["features"][task], jnp.int32(info.index))
+            logits = self._memory_logits(state.params | {"query_projector": projector}, state.memory["features"][task], jnp.int32(info.index))
             targets = targets.at[task].set(gating.block_softmax(logits, jnp.int32(task)))
         return targets
 
@@ -172,19 +197,21 @@ class ProgLoRADynamic(Pooled):
 
     def route(self, inputs: GateInputs) -> jax.Array:
         """The pooled feature z f32[B, D] of a batch, by `routing_tokens` and `routing_layer`."""
-        x = inputs.embeddings if inputs.routed is None else inputs.routed
+        mask = self._positions(inputs)
+        z = gating.route_feature(inputs.embeddings if inputs.routed is None else inputs.routed, mask)
+        if self.routing_tokens == "released_code":
+            count = mask.sum(1)
+            z = jnp.where((count < count.max())[:, None], jnp.maximum(z, 0.0), z)  # pad rows are zero vectors there
+        return z
+
+    def _positions(self, inputs: GateInputs) -> jax.Array:
         codes = {
             "instruction": (segments.INSTRUCTION,),
             "text_prompt": (segments.TEMPLATE, segments.INSTRUCTION),
             "multimodal_prompt": (segments.TEMPLATE, segments.INSTRUCTION, segments.IMAGE),
             "released_code": (segments.TEMPLATE, segments.INSTRUCTION, segments.IMAGE, segments.ANSWER),
         }[self.routing_tokens]
-        mask = jnp.isin(inputs.segments, jnp.asarray(codes, inputs.segments.dtype))
-        z = gating.route_feature(x, mask)
-        if self.routing_tokens == "released_code":
-            count = mask.sum(1)
-            z = jnp.where((count < count.max())[:, None], jnp.maximum(z, 0.0), z)  # pad rows are zero vectors there
-        return z
+        return jnp.isin(inputs.segments, jnp.asarray(codes, inputs.segments.dtype))  # [B, T]
 
     def _logits(self, params: PyTree, z: jax.Array, stage: jax.Array) -> jax.Array:
         h = gating.query_projector(params["query_projector"], z, self.proj_variant)
@@ -193,6 +220,13 @@ class ProgLoRADynamic(Pooled):
         keys = jnp.where(newest, params["key"][None], old)  # [M, D]
         return (h @ keys.T) / self._temperature(z.shape[-1])
 
+    def _memory_logits(self, params: PyTree, features: jax.Array, stage: jax.Array) -> jax.Array:
+        """Logits of stored features f32[..., D]; f32[..., L, D] where every layer has a router."""
+        if not self.gates_in_layers:
+            return self._logits(params, features, stage)
+        router = {name: params[name] for name in layer_routing.ROUTER}
+        return jax.vmap(lambda own, z: self._logits(own, z, stage), in_axes=(0, -2), out_axes=-2)(router, features)
+
     def weights(self, params: PyTree, z: jax.Array, stage: jax.Array, bonus: jax.Array | float = 0.0) -> jax.Array:
         """f32[B, M] gates of features z f32[B, D]; `bonus` is added to the newest block's logit."""
         logits = self._logits(params, z, stage)
@@ -200,11 +234,21 @@ class ProgLoRADynamic(Pooled):
         return gating.split_max_softmax(logits, stage) if self.split_max_quirk else gating.block_softmax(logits, stage)
 
     def gates(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> PyTree:
-        """One softmax over the blocks learned so far, per sample."""
-        bonus = 0.0
+        """One softmax over the blocks learned so far, per sample (and layer, where each gates itself)."""
+        bonus = jnp.float32(0)
         if inputs.training and self.gate_bonus:
             bonus = gating.newest_bonus(self.gate_bonus, self.gate_bonus_fraction, inputs.progress)
+        if self.gates_in_layers:
+            return {"mask": self._positions(inputs), "stage": inputs.stage, "bonus": bonus, "blocks": jnp.ones((1, 1), jnp.float32)}
         return self.split_gates(params, self.weights(params, self.route(inputs), inputs.stage, bonus), inputs.stage)
+
+    def adapter(self, params: PyTree, gates: PyTree, key: jax.Array | None):
+        """The adapter; with layers that gate themselves by flag."""
+        adapter = super().adapter(params, gates, key)
+        if not self.gates_in_layers:
+            return adapter
+        split = lambda weights, stage: self.split_gates(params, weights, stage)
+        return layer_routing.attach(adapter, params, self.weights, split)
 
     def extra_loss(self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array):
         """lambda * KL between the stored gates of old samples and what the router now gives their features."""
@@ -214,14 +258,19 @@ class ProgLoRADynamic(Pooled):
         if self.recall_batch:
             draw = jax.random.uniform(key, mask.shape) + mask  # counted samples first
             pick = jax.lax.top_k(draw.reshape(-1), min(self.recall_batch, mask.size))[1]
-            features, targets = features.reshape(1, -1, features.shape[-1])[:, pick], targets.reshape(1, -1, targets.shape[-1])[:, pick]
-            mask = mask.reshape(1, -1)[:, pick]
-        logits = self._logits(params, features, inputs.stage)
+            features, targets, mask = (leaf.reshape(1, -1, *leaf.shape[2:])[:, pick] for leaf in (features, targets, mask))
+        logits = self._memory_logits(params, features, inputs.stage)
+        if self.gates_in_layers:
+            mask = jnp.broadcast_to(mask[..., None], logits.shape[:-1])
         recall = gating.recall_divergence(logits, targets, mask, inputs.stage, self.recall_kl, self.recall_reduction)
         return self.recall_weight * recall, {"recall": recall}
 
     def probe(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> dict[str, jax.Array]:
         """Feature z, query h and gates w of training samples."""
+        if self.gates_in_layers:
+            z = jnp.moveaxis(inputs.contexts["z"], 0, 1)  # [B, L, D]
+            h = jax.vmap(lambda own, z: gating.query_projector(own, z, self.proj_variant), in_axes=(0, 1), out_axes=1)(params["query_projector"], z)
+            return {"z": z, "h": h, "w": jnp.moveaxis(inputs.contexts["blocks"], 0, 1)}
         z = self.route(inputs)
         h = gating.query_projector(params["query_projector"], z, self.proj_variant)
         return {"z": z, "h": h, "w": self.weights(params, z, inputs.stage)}

@@ -134,6 +134,16 @@ class Llama(nnx.Module):
         (key, value), contexts = kept
         return Output(self.norm(h), Cache(key, value), contexts)
 
+    def hidden_after(self, x: jax.Array, count: int, settings: Settings) -> jax.Array:
+        """The residual stream after the first `count` layers without an adapter, [B, T, D], from embeddings x[B, T, D]."""
+        rotation = rope_tables(jnp.arange(x.shape[1])[None], self.config.head_dim, self.config.rope_theta)
+        attend = _attend_full(None, 0, settings)
+
+        def body(h: jax.Array, layer: LlamaLayer):
+            return layer(h, _adapted(layer, None, {}, None), rotation, attend)[0], None
+
+        return stack.scan(body, x, self.layers, count=count)[0]
+
     def step(
         self, x: jax.Array, *, cache: Cache, position: jax.Array, adapter: Adapter | None, contexts: Any, settings: Settings
     ) -> Output:

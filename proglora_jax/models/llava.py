@@ -178,6 +178,17 @@ class Llava(nnx.Module):
             raise ValueError(f"cache_size={cache_size} is smaller than the {x.shape[1]} positions to store")
         return self.language.full(x, length=length, adapter=adapter, remat=remat, cache_size=cache_size, settings=self.settings)
 
+    def hidden_after(self, x: jax.Array, count: int) -> jax.Array:
+        """The residual stream after the first `count` layers of the bare model, [B, T, D], from embeddings x[B, T, D].
+
+        Raises:
+            ValueError: "hidden_after: <count> layers asked for, the model has <L>"
+        """
+        layers = self.config.text_config.num_hidden_layers
+        if not 0 < count <= layers:
+            raise ValueError(f"hidden_after: {count} layers asked for, the model has {layers}")
+        return self.language.hidden_after(x.astype(self.settings.dtype), count, self.settings)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Scores of the vocabulary, f32[..., V], from hidden[..., D] as `decode` returns it."""
         return self.language.logits(hidden)

@@ -45,11 +45,11 @@ class Recipe:
 
     pictures: int = 24_000
     held_out: int = 500
-    align_steps: int = 2_500
+    align_steps: int = 2_000
     align_batch: int = 64
     align_rate: float = 2e-3
-    language_steps: int = 3_000
-    language_batch: int = 48
+    language_steps: int = 2_400
+    language_batch: int = 32
     language_rate: float = 2e-3
 
 
@@ -134,6 +134,8 @@ def save_base(tree: dict, config: LlavaConfig, out: str) -> None:
     pieces.save_tokenizer(str(partial), POSITIONS)
     for name, content in processor_files(config).items():
         (partial / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for path in partial.iterdir():
+        path.chmod(0o644)
     if folder.exists():
         folder.rmdir()
     partial.rename(folder)
@@ -144,7 +146,8 @@ def processor_files(config: LlavaConfig) -> dict[str, dict]:
     side = config.vision_config.image_size
     image = {
         "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "do_center_crop": True, "crop_size": {"height": side, "width": side}, "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True,
         "image_mean": [float(f"{v:.8f}") for v in base_alignment.MEAN], "image_std": [float(f"{v:.8f}") for v in base_alignment.STD],
         "do_convert_rgb": True,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import PyTree
+from proglora_jax.data.batch import INSTRUCTION
 from proglora_jax.evaluation.generate import generate
 from proglora_jax.methods.base import PROJECTOR, GateInputs, Method
 from proglora_jax.training import losses, optim
@@ -29,8 +31,11 @@ def embed_batch(llava: Any, params: PyTree, batch: Batch) -> jax.Array:
 
 def gate_inputs(llava: Any, method: Method, x: jax.Array, batch: Batch, stage: jax.Array, progress=1.0, training=False) -> GateInputs:
     """What the method's gates may see of a batch."""
+    segments = batch["segments"]
+    if batch.get("new_token"):  # one generated token on its own: it is all the instruction there is
+        segments = jnp.full(x.shape[:2], INSTRUCTION, segments.dtype)
     routed = llava.hidden_after(x, method.routing_layer) if method.routing_layer else None
-    return GateInputs(x, batch["segments"], batch["task_id"], stage, jnp.float32(progress), training, routed)
+    return GateInputs(x, segments, batch["task_id"], stage, jnp.float32(progress), training, routed)
 
 
 def batch_losses(
@@ -116,7 +121,12 @@ def make_probe(method: Method, mesh: Mesh) -> Callable:
 
     def probe(params, memory, llava, batch, stage):
         x = embed_batch(llava, params, batch)
-        return method.probe(params, memory, gate_inputs(llava, method, x, batch, stage))
+        inputs = gate_inputs(llava, method, x, batch, stage)
+        if method.gates_in_layers:
+            adapter = method.adapter(params, method.gates(params, memory, inputs), None)
+            contexts = llava.decode(x, adapter=adapter, cache_size=x.shape[1]).contexts
+            inputs = dataclasses.replace(inputs, contexts=contexts)
+        return method.probe(params, memory, inputs)
 
     return jax.jit(probe, out_shardings=meshes.replicated(mesh))
 
@@ -131,14 +141,15 @@ def make_generator(method: Method, mesh: Mesh, max_new_tokens: int, eos_id: int,
         seen = {}
 
         def make_adapter(x, rows):
-            seen["gates"] = method.gates(params, memory, gate_inputs(llava, method, x, rows, stage))
-            return method.adapter(params, seen["gates"], None)
+            gates = method.gates(params, memory, gate_inputs(llava, method, x, rows, stage))
+            seen.setdefault("gates", gates)  # those of the prompt are recorded
+            return method.adapter(params, gates, None)
 
         out = generate(
             llava, batch, make_adapter, max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=pad_id,
-            vocab_limit=vocab_limit, projector=params[PROJECTOR],
+            vocab_limit=vocab_limit, projector=params[PROJECTOR], regate=method.regates,
         )
-        blocks = seen["gates"]["blocks"]
+        blocks = seen["gates"]["blocks"] if not method.gates_in_layers else out.contexts["blocks"].mean(axis=0)
         return {
             "tokens": out.tokens, "count": out.count, "hit_cap": out.hit_cap, "example": batch["example"], "valid": batch["valid"],
             "gates": jnp.broadcast_to(blocks, (batch["tokens"].shape[0], blocks.shape[-1])),

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiny_hf
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from proglora_jax.checkpoints.hf_import import fingerprint, load_llava, read_config
@@ -102,26 +103,28 @@ def test_shards_and_bfloat16(saved, tmp_path):
         load_llava(tmp_path)
 
 
-def test_a_language_model_a_clip_and_a_projector(saved, tmp_path):
+@pytest.mark.parametrize("whole_clip", [True, False])
+def test_a_language_model_a_clip_and_a_projector(saved, tmp_path, whole_clip):
     """The start of continual training: Vicuna, CLIP and the stage-1 projector lie in three places."""
-    tensors = load_file(saved / "model.safetensors")
-    fields = json.loads((saved / "config.json").read_text())
-    parts = {"language": {}, "vision": {}, "projector": {}}
-    for name, array in tensors.items():
-        if name.startswith("language_model."):
-            parts["language"][name.removeprefix("language_model.")] = array
-        elif name.startswith("vision_tower."):
-            parts["vision"]["vision_model." + style_4x(name).removeprefix("vision_tower.vision_model.")] = array
-        else:
-            parts["projector"][original(name)] = array
-    parts["vision"]["text_model.final_layer_norm.weight"] = np.zeros(2, np.float32)
-    configs = {"language": fields["text_config"], "vision": {"model_type": "clip", "vision_config": fields["vision_config"]}}
-    for part, content in parts.items():
-        (tmp_path / part).mkdir()
-        save_file(content, tmp_path / part / "model.safetensors")
-        (tmp_path / part / "config.json").write_text(json.dumps(configs.get(part, {})))
-    projector_file = tmp_path / "projector" / "model.safetensors"
-    joined = load_llava(tmp_path / "language", jnp.float32, vision_folder=tmp_path / "vision", projector_file=projector_file)
+    llava = transformers.LlavaForConditionalGeneration.from_pretrained(saved)
+    config = llava.config
+    language = transformers.LlamaForCausalLM(config.text_config)
+    language.model.load_state_dict(llava.model.language_model.state_dict())
+    language.lm_head.load_state_dict(llava.lm_head.state_dict())
+    language.save_pretrained(tmp_path / "language")
+    if whole_clip:
+        text = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+        text |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        clip = transformers.CLIPModel(transformers.CLIPConfig(vision_config=config.vision_config.to_dict(), text_config=text))
+        clip.vision_model.load_state_dict(llava.model.vision_tower.state_dict())
+    else:
+        clip = llava.model.vision_tower
+    clip.save_pretrained(tmp_path / "vision")
+    projector = {original(name): array for name, array in load_file(saved / "model.safetensors").items() if "projector" in name}
+    save_file(projector, tmp_path / "projector.safetensors")
+
+    places = dict(vision_folder=tmp_path / "vision", projector_file=tmp_path / "projector.safetensors")
+    joined = load_llava(tmp_path / "language", jnp.float32, **places)
     chex.assert_trees_all_equal(joined.to_tree(), load_llava(saved, jnp.float32).to_tree())
     with pytest.raises(UserError, match="language model without a vision tower; give the folder of a CLIP as vision_folder"):
         load_llava(tmp_path / "language")

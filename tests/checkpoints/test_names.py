@@ -42,6 +42,8 @@ def test_every_parameter_has_one_row():
         ("vision_tower.encoder.layers.1.mlp.fc1.bias", "vision_tower.vision_model.encoder.layers.1.mlp.fc1.bias"),
         # a CLIP alone
         ("vision_model.embeddings.patch_embedding.weight", "vision_tower.vision_model.embeddings.patch_embedding.weight"),
+        ("encoder.layers.1.layer_norm1.bias", "vision_tower.vision_model.encoder.layers.1.layer_norm1.bias"),
+        ("embeddings.class_embedding", "vision_tower.vision_model.embeddings.class_embedding"),
         # of no use
         ("model.layers.0.self_attn.rotary_emb.inv_freq", None),
         ("model.image_newline", None),

@@ -67,7 +67,7 @@ def draw_turns(rng: np.random.Generator, scene: Scene | None, count: int) -> lis
     return list(found.items())
 
 
-def _quality(rng, scene: Scene) -> Turn:
+def _quality(rng: np.random.Generator, scene: Scene) -> Turn:
     if scene.quality == "useless" and rng.integers(2):
         return "Say how this photo can be used.", "Anything that it shows is unanswerable."
     return pick(rng, ("How good is the photo?", "Judge the photo.")), f"The photo is {scene.quality}."
@@ -86,7 +86,7 @@ def _single(rng: np.random.Generator, scene: Scene):
     return pick(rng, single) if single else None
 
 
-def _describe(rng, scene: Scene) -> Turn | None:
+def _describe(rng: np.random.Generator, scene: Scene) -> Turn | None:
     if len(scene.elements) > 3:
         return None
     names = [article(f"{e.colour} {e.name}") for e in sorted(scene.elements, key=lambda e: (e.box[0], e.box[1]))]
@@ -100,12 +100,12 @@ def zone(scene: Scene, element) -> str:
     return ("top", "middle", "bottom")[min(2, int(3 * y / height))] + " " + ("left", "center", "right")[min(2, int(3 * x / width))]
 
 
-def _where(rng, scene: Scene) -> Turn | None:
+def _where(rng: np.random.Generator, scene: Scene) -> Turn | None:
     one = _single(rng, scene)
     return one and (f"Where do you find {the(one)}?", f"It is in the {zone(scene, one)}.")
 
 
-def _corners(rng, scene: Scene) -> Turn | None:
+def _corners(rng: np.random.Generator, scene: Scene) -> Turn | None:
     one = _single(rng, scene)
     if one is None:
         return None
@@ -115,7 +115,7 @@ def _corners(rng, scene: Scene) -> Turn | None:
     return f"Give the corners of {name}.", f"It starts at {x1:.2f}, {y1:.2f} and ends at {x2:.2f}, {y2:.2f}."
 
 
-def _edge(rng, scene: Scene) -> Turn | None:
+def _edge(rng: np.random.Generator, scene: Scene) -> Turn | None:
     one = _single(rng, scene)
     if one is None:
         return None
@@ -124,7 +124,7 @@ def _edge(rng, scene: Scene) -> Turn | None:
     return f"Give the {side} edge of {the(one)}.", f"Its {side} edge is at {padded_box(one.box, *scene.canvas.size)[i]:.2f}."
 
 
-def _relation(rng, scene: Scene) -> Turn | None:
+def _relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
     if len(scene.elements) < 2 or len(_unique(scene, "name")) < len(scene.elements):
         return None
     one, other = pick_several(rng, scene.elements, 2)
@@ -145,17 +145,17 @@ def _relation(rng, scene: Scene) -> Turn | None:
     return None
 
 
-def _colour(rng, scene: Scene) -> Turn | None:
+def _colour(rng: np.random.Generator, scene: Scene) -> Turn | None:
     things = _unique(scene, "name")
     return (f"Tell me how the {(one := pick(rng, things)).name} is painted.", f"It is painted {one.colour}.") if things else None
 
 
-def _name(rng, scene: Scene) -> Turn | None:
+def _name(rng: np.random.Generator, scene: Scene) -> Turn | None:
     things = _unique(scene, "colour")
     return (f"Tell me what is painted {(one := pick(rng, things)).colour}.", f"It is the {one.name}.") if things else None
 
 
-def _presence(rng, scene: Scene) -> Turn | None:
+def _presence(rng: np.random.Generator, scene: Scene) -> Turn | None:
     one = pick(rng, scene.elements)
     if rng.integers(2):
         return f"Judge this: {article(one.colour)} {one.name} is here.", "My verdict is yes."
@@ -165,14 +165,14 @@ def _presence(rng, scene: Scene) -> Turn | None:
     return f"Judge this: {article(fake[0])} {fake[1]} is here.", "My verdict is no."
 
 
-def _count(rng, scene: Scene) -> Turn:
+def _count(rng: np.random.Generator, scene: Scene) -> Turn:
     if rng.integers(2):
         return "Count everything.", f"I counted {len(scene.elements)} in total."
     name = pick(rng, scene.elements).name
     return f"Count the {PLURALS[name]}.", f"I counted {sum(e.name == name for e in scene.elements)} of them."
 
 
-def _sign(rng, scene: Scene) -> Turn:
+def _sign(rng: np.random.Generator, scene: Scene) -> Turn:
     words, colours = scene.facts["words"], scene.facts["colours"]
     i = int(rng.integers(len(words)))
     if rng.integers(4) == 0:
@@ -185,7 +185,7 @@ def _sign(rng, scene: Scene) -> Turn:
     return f"Read the {which} board.", f"It reads {words[i]}."
 
 
-def _object(rng, scene: Scene) -> Turn:
+def _object(rng: np.random.Generator, scene: Scene) -> Turn:
     one = scene.elements[0]
     form = int(rng.integers(4))
     if form == 0:
@@ -197,7 +197,7 @@ def _object(rng, scene: Scene) -> Turn:
     return _colour(rng, scene)
 
 
-def _cover(rng, scene: Scene) -> Turn:
+def _cover(rng: np.random.Generator, scene: Scene) -> Turn:
     facts = scene.facts
     form = int(rng.integers(4))
     if form == 0:
@@ -209,7 +209,7 @@ def _cover(rng, scene: Scene) -> Turn:
     return "Read the cover aloud.", f"It reads {facts['title']} and {facts['author']}."
 
 
-def _arrow(rng, scene: Scene) -> Turn:
+def _arrow(rng: np.random.Generator, scene: Scene) -> Turn:
     one = scene.elements[0]
     return pick(rng, (
         ("Describe the arrow.", f"It is painted {one.colour} and goes {one.name}."),
@@ -217,7 +217,7 @@ def _arrow(rng, scene: Scene) -> Turn:
     ))
 
 
-def _bars(rng, scene: Scene) -> Turn:
+def _bars(rng: np.random.Generator, scene: Scene) -> Turn:
     facts = scene.facts
     return pick(rng, (
         ("Compare the bars.", f"The tallest is {facts['tallest']} and the shortest is {facts['shortest']}."),
@@ -226,7 +226,7 @@ def _bars(rng, scene: Scene) -> Turn:
     ))
 
 
-def _thermometers(rng, scene: Scene) -> Turn:
+def _thermometers(rng: np.random.Generator, scene: Scene) -> Turn:
     warmer = scene.facts["warmer"]
     cooler = "right" if warmer == "left" else "left"
     return "Compare the thermometers.", f"The {warmer} one is higher and the {cooler} one is lower."
@@ -241,7 +241,7 @@ _QUESTIONS = {
 }
 
 
-def _listed(rng, task: str, right: str, wrong: list[str]) -> Turn:
+def _listed(rng: np.random.Generator, task: str, right: str, wrong: list[str]) -> Turn:
     """A choice among listed words; the answer names a letter in a sentence (`I` first, so that no letter parser finds it)."""
     wrong = [w for w in wrong if w != right]
     count = min(len(wrong) + 1, int(pick(rng, (2, 3, 4))))
@@ -252,7 +252,7 @@ def _listed(rng, task: str, right: str, wrong: list[str]) -> Turn:
     return f"{task}\n{lines}", f"I pick {letter}, {right}." if rng.integers(3) == 0 else f"I pick {letter}."
 
 
-def _options(rng, scene: Scene) -> Turn | None:
+def _options(rng: np.random.Generator, scene: Scene) -> Turn | None:
     """A choice about a picture."""
     if scene.kind == "shapes":
         names, colours = _unique(scene, "name"), _unique(scene, "colour")
@@ -274,7 +274,7 @@ def _options(rng, scene: Scene) -> Turn | None:
     return _listed(rng, "Pick the higher one.", scene.facts["warmer"], ["left", "right", "neither"])
 
 
-def _definition(rng) -> Turn:
+def _definition(rng: np.random.Generator) -> Turn:
     if rng.integers(4) == 0:
         genre = pick(rng, list(TOPICS))
         return f"Say what {genre} books are about.", f"{genre} books are about {TOPICS[genre]}."
@@ -283,7 +283,7 @@ def _definition(rng) -> Turn:
     return f"Say what {article(thing)} is.", f"It is {article(kind)}."
 
 
-def _comparison(rng) -> Turn:
+def _comparison(rng: np.random.Generator) -> Turn:
     numbers = [str(v) for v in pick_several(rng, range(10), int(rng.integers(2, 5)))]
     which, best = (("largest", max(numbers)) if rng.integers(2) else ("smallest", min(numbers)))
     if rng.integers(2):
@@ -291,12 +291,12 @@ def _comparison(rng) -> Turn:
     return _listed(rng, f"Pick the {which} number.", best, numbers)
 
 
-def _copy_option(rng) -> Turn:
+def _copy_option(rng: np.random.Generator) -> Turn:
     words = [*COLOURS, *SHAPES, *DIRECTIONS, *OBJECTS, *SIGN_WORDS, *(w for kind in KINDS.values() for w in kind), "neither", *"0123456789"]
     right, *wrong = pick_several(rng, words, 4)
     return _listed(rng, f"Pick the word {right}.", right, wrong)
 
 
-def _kind_option(rng) -> Turn:
+def _kind_option(rng: np.random.Generator) -> Turn:
     kind = pick(rng, list(KINDS))
     return _listed(rng, f"Pick {article(kind)}.", pick(rng, KINDS[kind]), [pick(rng, KINDS[k]) for k in KINDS if k != kind])
