@@ -21,7 +21,7 @@ SMALL = {
 
 def get_config(argument=""):
     """The config; the argument names method, seed and variants, see above."""
-    options = common.parse(argument)
+    options = common.parse(argument, words=("isolated", "smoke"))
     method = options.get("method", "proglora_dynamic")
     config = common.base(method)
     config.method.update({"rank": 16, "alpha": 32.0, "dropout": 0.0} | SMALL.get(method, {}))
@@ -36,7 +36,7 @@ def get_config(argument=""):
     })
     config.evaluate.update({"batch_size": 100, "max_new_tokens": 12, "prompt_lengths": (88,)})
     config.similarity.pool = "mean"
-    config.run.update({"seed": int(options.get("seed", 0)), "log_every_steps": 50, "checkpoint_every_steps": 100})
+    config.run.update({"seed": options.get("seed", 0), "log_every_steps": 50, "checkpoint_every_steps": 100})
     if "isolated" in options:
         config.run.protocol = "isolated"
     if "smoke" in options:

@@ -48,10 +48,20 @@ SECTIONS = {
 }
 
 
-def parse(argument):
-    """"method=lora,seed=1,smoke" -> {"method": "lora", "seed": "1", "smoke": ""}."""
-    pairs = (part.partition("=") for part in (argument or "").split(",") if part)
-    return {name.strip(): value.strip() for name, _, value in pairs}
+def parse(argument, words=()):
+    """"method=lora,seed=1,smoke" -> {"method": "lora", "seed": 1, "smoke": True}; `words` are the ones that the config knows."""
+    options = {}
+    for part in (argument or "").split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if name in ("method", "seed") and value:
+            if name == "seed" and not value.isdecimal():
+                raise ValueError(f"{part.strip()}: seed must be a whole number >= 0")
+            options[name] = int(value) if name == "seed" else value
+        elif name in words and not equals:
+            options[name] = True
+        elif part.strip():
+            raise ValueError(f"{part.strip()}: the config knows no such argument; it knows {', '.join(('method=..., seed=...', *words))}")
+    return options
 
 
 def base(method):

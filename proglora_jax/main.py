@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from ml_collections import config_flags
 from proglora_jax.checkpoints.integrity import atomic_write_json, read_json
 from proglora_jax.data.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config, e.g. configs/coin_mini.py:smoke; override with --config.train.epochs=1.")
-_WORKDIR = flags.DEFINE_string("workdir", "", "Folder of the run; the same folder again goes on where the run stopped. Default: runs/<config>_<method>_seed<seed>.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The config, e.g. configs/coin_mini.py:smoke; override with --config.train.epochs=1.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "", "Folder of the run; the same folder again goes on where the run stopped. Default: runs/<config>_<method>_seed<seed>.")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, for runs of several processes.")
 _PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes the run has.")
 _PROCESS = flags.DEFINE_integer("process_id", -1, "Which of them this one is.")
@@ -32,9 +35,9 @@ _PROCESS = flags.DEFINE_integer("process_id", -1, "Which of them this one is.")
 # Fields that may differ between a run and its continuation: they change nothing that is computed, or only whether it can be. What
 # may have to change before a run that stopped with an error can go on must be here, or the work done so far would be lost.
 _FREE = {
-    "run.log_every_steps", "run.checkpoint_every_steps", "run.tensorboard", "run.compilation_cache", "run.isolated_results", "data.root",
-    "data.threads", "data.image_cache_mb", "data.on_bad_image", "evaluate.batch_size", "evaluate.prompt_lengths", "mesh.data", "mesh.fsdp",
-    "mesh.model",
+    "run.log_every_steps", "run.checkpoint_every_steps", "run.tensorboard", "run.compilation_cache", "run.isolated_results",
+    "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_image", "data.buckets",
+    "evaluate.batch_size", "evaluate.prompt_lengths", "mesh.data", "mesh.fsdp", "mesh.model",
 }
 # What a full, read-only or broken disk says, and files where folders should be; anything else is not for the user to mend.
 _DISK = {
@@ -49,8 +52,6 @@ def main(argv: list[str]) -> None:
     Raises:
         SystemExit: with 1 after an error of the user's, whose sentence is printed; a stop signal that was obeyed is no error.
     """
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     # Imported here: --help and a mistyped flag should not wait for jax.
     import jax
 
@@ -59,11 +60,11 @@ def main(argv: list[str]) -> None:
 
     setup_console()
     try:
-        if _CONFIG.value is None:
-            raise UserError("--config is missing: give a config file, e.g. --config configs/coin_mini.py")
+        if len(argv) > 1:
+            raise UserError(f"unexpected arguments: {' '.join(argv[1:])}; flags begin with --, see --help")
+        config = _loaded_config(sys.argv[1:])
         if _PROCESSES.value > 1:
             jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        config = _CONFIG.value.to_dict()
         command = " ".join(shlex.quote(arg) for arg in ["python", "-m", "proglora_jax.main", *sys.argv[1:]])
         run(config, _WORKDIR.value or default_workdir(sys.argv[1:], config), command)
     except Stopped as stop:
@@ -129,13 +130,11 @@ def default_workdir(arguments: Sequence[str], config: Mapping[str, Any]) -> str:
         arguments: the command line's, without the program's name.
         config: the config; its method and seed become part of the name.
     """
-    name = next((arg.partition("=")[2] for arg in arguments if re.match("--?config=", arg)), "")
-    name = name or next((value for flag, value in zip(arguments, arguments[1:]) if flag in ("--config", "-config")), "run")
-    path, _, variant = name.partition(":")
+    path, _, variant = _config_name(arguments).partition(":")
     # The method and the seed have their own places in the name.
-    words = [word.strip().replace("=", "-") for word in variant.split(",") if word.strip() and word.partition("=")[0].strip() not in ("method", "seed")]
+    words = [word.strip().replace("=", "-") for word in variant.split(",") if word.partition("=")[0].strip() not in ("", "method", "seed")]
     method, seed = config.get("method", {}).get("name", ""), config.get("run", {}).get("seed", 0)
-    return os.path.join("runs", "_".join([Path(path).stem, *words, str(method), f"seed{seed}"]))
+    return os.path.join("runs", "_".join([Path(path).stem or "run", *words, str(method), f"seed{seed}"]))
 
 
 @contextlib.contextmanager
@@ -207,19 +206,61 @@ def _disk_errors(workdir: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        raise UserError(
-            f"{error.filename or workdir}: {error.strerror}; mend that and run the same command again: it goes on from what was saved") from error
+        advice = "mend that and run the same command again: it goes on from what was saved"
+        raise UserError(f"{error.filename or workdir}: {error.strerror}; {advice}") from error
+
+
+def _config_name(arguments: Sequence[str]) -> str:
+    """What the command line gives as --config: a file, with an argument behind a colon or without; "" where it gives none."""
+    followed = [*arguments, ""]
+    found = [after if arg in ("--config", "-config") else arg.partition("=")[2]
+             for arg, after in zip(followed, followed[1:]) if re.fullmatch("--?config(=.*)?", arg)]
+    return found[-1] if found else ""
+
+
+def _loaded_config(arguments: Sequence[str]) -> dict[str, Any]:
+    """The config that the flags gave, as plain dicts."""
+    path = _config_name(arguments).partition(":")[0]
+    if _CONFIG.value is None:
+        raise UserError("--config is missing: give a config file, e.g. --config configs/coin_mini.py")
+    try:
+        return _CONFIG.value.to_dict()
+    except OSError as error:  # ml_collections reports a file that it could not open when the value is first used
+        reason = str(error).strip().splitlines()[-1].strip() if os.path.exists(path) else "no such file"
+        raise UserError(f"--config={path}: {reason}; give a config file, e.g. configs/coin_mini.py") from error
+    except AttributeError as error:
+        raise UserError(f"--config={path}: get_config must return a ConfigDict, not {type(_CONFIG.value).__name__}") from error
 
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags; a mistake in a config or a flag is one sentence, not a stack trace."""
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = re.sub(r"^\w*(Error|Exception): ", "", lines[-1])
-        print(f"error: {reason if len(lines) > 1 else lines[0]}", file=sys.stderr)
+    except Exception as error:  # the config file runs here, and may raise anything
+        print(f"error: {_flag_problem(error, argv[1:])}", file=sys.stderr)
         sys.exit(1)
+
+
+def _flag_problem(error: Exception, arguments: Sequence[str]) -> str:
+    """What is wrong with the flags or the config file, in one sentence."""
+    path = _config_name(arguments).partition(":")[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, flags.Error):
+        return re.sub(r"^\w*(Error|Exception): ", "", lines[-1]) if len(lines) > 1 else lines[0]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(os.path.basename(path or "?"))]
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {error.msg}; mend the config file"
+    if frames:
+        return f"{frames[-1].filename}, line {frames[-1].lineno}: {type(error).__name__}: {lines[-1]}; mend the config file"
+    if "get_config" in lines[0]:
+        return f"--config={path}: has no function get_config; see configs/coin_mini.py"
+    # What is left are overrides of fields that the config does not have.
+    missing = re.sub(r"\W", " ", lines[0].replace("\\n", " ")).split()
+    fields = [match[1] for arg in arguments if (match := re.match(r"--?(config\.[\w.\[\]]+)", arg))]
+    named = [field for field in fields if missing and missing[0] in field.split(".")]
+    near = re.search(r'Did you mean "(\w+)"', str(error))
+    hint = f"did you mean '{near[1]}'?" if near else "configs/common.py lists all fields"
+    return f"{(named or fields or ['config'])[0]}: unknown field; {hint}"
 
 
 def entry() -> None:

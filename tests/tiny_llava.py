@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from proglora_jax.core import mesh as meshes
+from proglora_jax.core.tree import flatten
 from proglora_jax.data import batch as codes
 from proglora_jax.models.layers import Settings
 from proglora_jax.models.llava import Llava, build, random_llava
@@ -42,15 +43,8 @@ def mesh(**shape: int):
 
 def place(llava: Llava, on) -> Llava:
     """The model on a mesh, as a run places it."""
-    flat = dict(meshes_paths(llava))
+    flat = flatten(llava.to_tree())
     return build(CONFIG, lambda path, _: jax.device_put(flat[path], meshes.backbone_sharding(path, flat[path].shape, on)), llava.settings)
-
-
-def meshes_paths(llava: Llava):
-    """(path, array) of every parameter."""
-    from proglora_jax.core.tree import flatten
-
-    return flatten(llava.to_tree()).items()
 
 
 def row(rng: np.random.Generator, task: int = 0, *, image: bool = True, words: int | None = None, answer: int | None = None, **rest):

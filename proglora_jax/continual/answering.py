@@ -31,7 +31,7 @@ from proglora_jax.training.console import Progress
 from proglora_jax.training.loop import Stopped
 
 
-def evaluate_task(session: Session, state: CLState, digest: str, task: int, task_id: int, folder: Path) -> dict[str, Any]:
+def evaluate_task(session: Session, state: CLState, digest: str, task: int, task_id: int, folder: Path) -> tuple[dict[str, Any], bool]:
     """Scores of one task under a state; finished work is read back, not repeated.
 
     Args:
@@ -43,7 +43,7 @@ def evaluate_task(session: Session, state: CLState, digest: str, task: int, task
         folder: the stage's folder.
 
     Returns:
-        The content of scores/<Task>.json.
+        (the content of scores/<Task>.json, whether it was there already).
 
     Raises:
         Stopped: after a stop signal; the answers so far are kept.
@@ -53,7 +53,7 @@ def evaluate_task(session: Session, state: CLState, digest: str, task: int, task
     path, answers = folder / "scores" / f"{name}.json", folder / "answers" / f"{name}.jsonl"
     known = finished_scores(path, answers, digest)
     if known is not None:
-        return known
+        return known, True
     questions = session.questions(name)
     began = time.monotonic()
     texts, gates = _answers(session, state, digest, name, task_id, questions, answers)
@@ -65,7 +65,7 @@ def evaluate_task(session: Session, state: CLState, digest: str, task: int, task
     }
     if session.chief:
         atomic_write_json(path, result, checksum=True)
-    return result
+    return result, False
 
 
 def finished_scores(path: Path, answers: Path, digest: str) -> dict[str, Any] | None:
@@ -177,7 +177,8 @@ def read_answers(path: Path, header: dict | None = None) -> dict[int, dict]:
     if not path.exists():
         return {}
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    # Not splitlines: an answer may hold a line separator of Unicode, which JSON leaves as it is.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
             crc = row.pop("crc")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import CLState
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.pipeline import TrainIterator
 from proglora_jax.data.rows import EncodedRows
 from proglora_jax.methods.base import Phase, TaskInfo, check_contract
 from proglora_jax.training.console import ParameterRow, parameter_table
@@ -44,6 +46,12 @@ def run(session: Session) -> None:
         done = load_stage(stage, session.workdir, method, initial, before)
         if done is None:
             done = _train_stage(session, stage, stages, initial, before, total)
+        elif done.meta["backbone"] != session.base:
+            raise UserError(
+                f"{stage.folder(session.workdir)}: was trained on another backbone than config.model.path={session.settings.model.path} "
+                f"holds now (hash {done.meta['backbone'][:12]}, now {session.base[:12]}); put that model back, or choose another workdir")
+        if session.chief:
+            shutil.rmtree(stage.folder(session.workdir) / PROGRESS, ignore_errors=True)
         if session.stop.requested:
             raise Stopped(f"stopped after training stage {stage.number + 1}; the stage is saved")
         _evaluate_stage(session, stage, done)
@@ -54,7 +62,9 @@ def run(session: Session) -> None:
 # ---------------------------------------------------------------------------------------------------------------- training
 
 
-def _train_stage(session: Session, stage: Stage, stages: tuple[Stage, ...], initial: CLState, before: Finished | None, total: int) -> Finished:
+def _train_stage(
+    session: Session, stage: Stage, stages: tuple[Stage, ...], initial: CLState, before: Finished | None, total: int
+) -> Finished:
     """Trains a stage and writes its checkpoint."""
     method, seed, began = session.method, session.settings.run.seed, time.monotonic()
     state = before.state if before else initial
@@ -76,9 +86,10 @@ def _train_stage(session: Session, stage: Stage, stages: tuple[Stage, ...], init
     # ---- phases
     seconds = 0.0
     phases = method.phases(info)
+    origin = before.digest if before else session.base
     data = stage_data(session, stage, own, method.replay(info)) if phases else None
     for phase in phases:
-        state, passed = _run_phase(session, stage, stages, phase, data, state, mask, last=phase is phases[-1])
+        state, passed = _run_phase(session, stage, stages, phase, data, state, mask, origin, last=phase is phases[-1])
         seconds += passed
     if own:
         state = method.end_task(state, info, probe)
@@ -89,8 +100,6 @@ def _train_stage(session: Session, stage: Stage, stages: tuple[Stage, ...], init
     meta = results.stage_meta(session, stage, digest, before.digest if before else "", counts, {
         "train": seconds, "stage": time.monotonic() - began}, alike)
     save_checkpoint(folder / FINAL, {"adapter": tree}, {"meta": meta})
-    if session.chief:
-        shutil.rmtree(folder / PROGRESS, ignore_errors=True)
     session.logger.event("stage_trained", digest=digest, seconds=seconds)
     merged = trees.merge(before.tree if before else {}, tree)
     return Finished(state, merged, digest, meta)
@@ -118,34 +127,39 @@ def _probe(session: Session, rows: EncodedRows):
     return probe
 
 
-def _run_phase(session: Session, stage: Stage, stages: tuple[Stage, ...], phase: Phase, data: StageData, state: CLState, mask, last: bool) -> tuple[CLState, float]:
-    """Trains one phase, from its beginning or from the newest progress that can be trusted."""
+def _run_phase(
+    session: Session, stage: Stage, stages: tuple[Stage, ...], phase: Phase, data: StageData, state: CLState, mask, origin: str, last: bool
+) -> tuple[CLState, float]:
+    """Trains one phase, from its beginning or from the newest progress that can be trusted; `origin` names what the stage began with."""
     settings, method = session.settings, session.method
     trainable, frozen = trees.partition(state.params, mask)
     begin = start_phase(trainable, settings.train, session.mesh)
     iterator = open_iterator(session, data)
     folder = stage.folder(session.workdir) / PROGRESS
-    spent = _resume(session, folder, phase, begin, iterator)
+    spent = _resume(session, folder, phase, origin, begin, iterator)
     session.logger.rewind(stage.number, phase.name, begin.step)
     later = (len(stages) - stage.number - 1) * len(data.plan)
     session.logger.start_phase(stage=stage.number, stages=len(stages), task=stage.name, phase=phase.name, steps=len(data.plan),
                                first_step=begin.step, steps_after=later)
     began = time.monotonic() - spent
-    example = lambda task, index: f"{stage.names[task]} record {session.data[stage.names[task]].train[index].id}"
+    names = {(row.task_id, row.index): f"{row.example.task} record {row.example.id}" for row in data.rows.rows}
     # The seed of a stage's draws depends on its place in the run, so that isolated stages differ too.
-    plan = PhasePlan(stage.index, len(data.plan), settings.run.seed * 1000 + stage.number, example, settings.run.checkpoint_every_steps)
+    plan = PhasePlan(stage.index, len(data.plan), settings.run.seed * 1000 + stage.number, lambda *row: names[row],
+                     settings.run.checkpoint_every_steps, stage.name)
 
     def save(now: PhaseState) -> None:
-        record = {"step": now.step, "phase": phase.name, "loss": now.loss, "seconds": time.monotonic() - began}
+        record = {"step": now.step, "phase": phase.name, "origin": origin, "loss": now.loss, "seconds": time.monotonic() - began}
         path = folder / f"{phase.name}_{now.step:07d}"
-        save_checkpoint(path, {"trainable": now.trainable, "optimizer": now.optimizer}, {"meta": record, "iterator": _position(iterator, now.step)})
+        changed = {"trainable": now.trainable, "optimizer": now.optimizer}
+        save_checkpoint(path, changed, {"meta": record, "iterator": _position(iterator, now.step)})
         for old in sorted(folder.glob(f"{phase.name}_*[0-9]"))[:-2] if session.chief else ():
             shutil.rmtree(old, ignore_errors=True)
 
     frozen, memory = meshes.put_replicated((frozen, state.memory), session.mesh)
     end = train_phase(
-        plan=plan, state=begin, frozen=frozen, memory=memory, llava=session.llava, batches=iterator, step_function=session.train_step(data.separate),
-        method=method, train=settings.train, mesh=session.mesh, logger=session.logger, stop=session.stop, save=save,
+        plan=plan, state=begin, frozen=frozen, memory=memory, llava=session.llava, batches=iterator,
+        step_function=session.train_step(data.separate), method=method, train=settings.train, mesh=session.mesh, logger=session.logger,
+        stop=session.stop, save=save,
     )
     if not last:
         save(end)  # a phase that is done is not run again when a later one is killed
@@ -153,12 +167,12 @@ def _run_phase(session: Session, stage: Stage, stages: tuple[Stage, ...], phase:
     return dataclasses.replace(state, params=params), time.monotonic() - began
 
 
-def _position(iterator, step: int) -> dict[str, Any]:
+def _position(iterator: TrainIterator, step: int) -> dict[str, Any]:
     """Where the iterator must go on: after the steps that are done (it reads ahead of them)."""
     return iterator.get_state() | {"next_index": step}
 
 
-def _resume(session: Session, folder, phase: Phase, state: PhaseState, iterator) -> float:
+def _resume(session: Session, folder: Path, phase: Phase, origin: str, state: PhaseState, iterator: TrainIterator) -> float:
     """Takes up the newest intact progress of a phase into `state` and the iterator; returns the seconds it had taken."""
     path, skipped = find_newest(folder, f"{phase.name}_*", clean=session.chief)
     for damaged, reason in skipped:
@@ -171,7 +185,13 @@ def _resume(session: Session, folder, phase: Phase, state: PhaseState, iterator)
         iterator.set_state(records["iterator"])
     except UserError as error:
         raise UserError(f"{path} cannot be continued: {error}") from error
-    state.trainable, state.optimizer, state.step, state.loss = loaded["trainable"], loaded["optimizer"], records["meta"]["step"], records["meta"]["loss"]
+    if records["meta"]["origin"] != origin:
+        logging.warning("Progress %s is dropped: the stage began with another state then than it does now.", path.name)
+        if session.chief:
+            shutil.rmtree(folder, ignore_errors=True)
+        return 0.0
+    state.trainable, state.optimizer = loaded["trainable"], loaded["optimizer"]
+    state.step, state.loss = records["meta"]["step"], records["meta"]["loss"]
     session.logger.message(f"resumed after step {state.step} of phase {phase.name}, where the loss was {state.loss:.6g}")
     return float(records["meta"]["seconds"])
 
@@ -205,7 +225,8 @@ def _evaluate_stage(session: Session, stage: Stage, done: Finished) -> None:
     state = dataclasses.replace(done.state, params=params, memory=memory)
     folder = stage.folder(session.workdir)
     for task in stage.evaluate:
-        result = evaluate_task(session, state, done.digest, task, stage.local(task), folder)
+        result, known = evaluate_task(session, state, done.digest, task, stage.local(task), folder)
         shown = ", ".join(f"{mode} {value:.2f}" for mode, value in result["accuracy"].items())
         session.logger.message(f"after stage {stage.number + 1} {stage.name}: {session.tasks[task]} {shown}")
-        session.logger.event("scores", task=session.tasks[task], **result["accuracy"])
+        if not known:
+            session.logger.event("scores", stage=stage.number, phase="evaluate", task=session.tasks[task], **result["accuracy"])

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from proglora_jax.checkpoints.hf_import import fingerprint, load_llava
+from proglora_jax.checkpoints.hf_import import fingerprint, load_llava, read_config
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import Targets
 from proglora_jax.data.errors import UserError
@@ -23,9 +23,10 @@ from proglora_jax.data.schema import Question
 from proglora_jax.data.synthetic.benchmark import write_benchmark
 from proglora_jax.data.tasks import ORDERS, TaskData, load_task, select_subset, task_order
 from proglora_jax.data.templates import get_template
-from proglora_jax.data.tokens import Encoder, load_tokenizer
+from proglora_jax.data.tokens import Encoder, Tokenizer, load_tokenizer
 from proglora_jax.methods.base import Method
 from proglora_jax.models.layers import Settings as ModelOptions
+from proglora_jax.models.presets import LlavaConfig
 from proglora_jax.training import step
 from proglora_jax.training.log import RunLogger
 from proglora_jax.training.loop import StopSignal
@@ -138,8 +139,14 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
         mesh = meshes.make_mesh(dataclasses.asdict(settings.mesh))
     except ValueError as error:
         raise UserError(str(error)) from error
+    rows, ways = settings.evaluate.batch_size, meshes.batch_ways(mesh)
+    if rows % ways:
+        raise UserError(f"config.evaluate.batch_size={rows}: must be a multiple of the {ways} devices that share a batch")
     folder = model_folder(model.path)
-    images = ImageSpec.from_folder(folder)
+    config, images = read_config(folder), ImageSpec.from_folder(folder)
+    tokenizer = load_tokenizer(folder, config.text_config.vocab_size)
+    _check_folder(folder, config, tokenizer, images)
+    encoder = Encoder(tokenizer, get_template(data.template), config.image_tokens, data.max_length, data.max_labels, data.empty_answer)
     if data.benchmark == "embedded" and jax.process_index() == 0:
         write_benchmark(data.root, data.embedded_seed, data.embedded_train_size, data.embedded_test_size)
     if jax.process_count() > 1:
@@ -147,11 +154,28 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
 
         multihost_utils.sync_global_devices("benchmark written")
     files = {task: load_task(data.root, task, data.instruction_set) for task in tasks}
+    _read_records(files, train=settings.method.name != "zero_shot")
     llava = _load(folder, settings, mesh)
-    tokenizer = load_tokenizer(folder, llava.config.text_config.vocab_size)
-    encoder = Encoder(tokenizer, get_template(data.template), llava.config.image_tokens, data.max_length, data.max_labels, data.empty_answer)
     logger = RunLogger(workdir, settings.run.log_every_steps, settings.run.tensorboard, resumed, chief=jax.process_index() == 0)
     return Session(settings, Path(workdir), mesh, llava, fingerprint(folder), encoder, images, tasks, files, logger, StopSignal().install())
+
+
+def _check_folder(folder: str, config: LlavaConfig, tokenizer: Tokenizer, images: ImageSpec) -> None:
+    """Refuses a folder whose files do not belong together: such a model would run, and look past every image."""
+    if tokenizer.image_token_id != config.image_token_id:
+        raise UserError(
+            f"{folder}: the tokenizer's <image> has the id {tokenizer.image_token_id}, but config.json says image_token_index="
+            f"{config.image_token_id}; use the tokenizer that belongs to the model")
+    if images.size != config.vision_config.image_size:
+        raise UserError(
+            f"{folder}: the image processor makes {images.size} pixels, but config.json says image_size={config.vision_config.image_size}; "
+            "use the processor that belongs to the model")
+
+
+def _read_records(files: Mapping[str, TaskData], train: bool) -> None:
+    """Reads the records of all tasks: damage in the last task's files should show before the first task is trained."""
+    for task in files.values():
+        _ = task.questions, task.auxiliary, task.train if train else ()
 
 
 def _load(folder: str, settings: Settings, mesh: Mesh) -> Any:

@@ -53,7 +53,8 @@ def task_embedding(session: Session, name: str, rows: EncodedRows, batch_size: i
     sums = {part: 0.0 for part in PARTS}
     images = 0
     for positions, batch in chosen_batches(session, rows, chosen, batch_size):
-        out = {part: np.asarray(value, np.float64)[: len(positions)] for part, value in embed(session.llava, meshes.put_batch(batch, session.mesh)).items()}
+        found = embed(session.llava, meshes.put_batch(batch, session.mesh))
+        out = {part: np.asarray(value, np.float64)[: len(positions)] for part, value in found.items()}
         sums["image"] = sums["image"] + (out["image"] * out["seen"][:, None]).sum(0)
         images += int(out["seen"].sum())
         for part in ("instruction", "answer"):

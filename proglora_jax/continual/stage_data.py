@@ -58,19 +58,22 @@ def stage_data(session: Session, stage: Stage, own: EncodedRows, replay: Replay 
     settings = session.settings
     size = batch_size_of(settings.train, stage.name)
     if size % batch_ways(session.mesh):
-        raise UserError(f"config.train.batch_size={size}: must be a multiple of the {batch_ways(session.mesh)} devices that share a batch")
+        ways = batch_ways(session.mesh)
+        raise UserError(f"config.train.batch_size={size}: must be a multiple of the {ways} devices that share a batch")
     old = _replayed(session, replay) if replay else []
     if not old:
         return StageData(own, len(own), _plan(session, own, np.arange(len(own)), size, stage.number, settings.train.max_steps))
     extra = encode_rows(old, session.encoder, settings.data.on_unsupervised)
     rows = _join(own, extra)
-    everyone, mine, theirs = np.arange(len(rows)), np.arange(len(own)), np.arange(len(own), len(rows))
+    numbers = np.arange(len(rows))
     if replay.mix == "concat":
-        return StageData(rows, len(own), _plan(session, rows, everyone, size, stage.number, settings.train.max_steps))
+        return StageData(rows, len(own), _plan(session, rows, numbers, size, stage.number, settings.train.max_steps))
     part = max(1, round(size * replay.share))
-    first = _plan(session, rows, mine, size - part, stage.number, settings.train.max_steps)
-    second = _plan(session, rows, theirs, part, stage.number, len(first))
-    plan = dataclasses.replace(first, rows=np.concatenate([first.rows, second.rows], axis=1), bucket=np.maximum(first.bucket, second.bucket))
+    first = _plan(session, rows, numbers[: len(own)], size - part, stage.number, settings.train.max_steps)
+    # There may be fewer replayed rows than their share of one batch: they come again as often as needed.
+    second = _plan(session, rows, numbers[len(own) :], part, stage.number, len(first), remainder="wrap")
+    joined = np.concatenate([first.rows, second.rows], axis=1)
+    plan = dataclasses.replace(first, rows=joined, bucket=np.maximum(first.bucket, second.bucket))
     return StageData(rows, len(own), plan, separate=True)
 
 
@@ -108,13 +111,15 @@ def chosen_batches(session: Session, rows: EncodedRows, numbers: np.ndarray, bat
         yield positions, collate(members, buckets[place[positions].max()], session.encoder.tokenizer.pad_id, (side, side))
 
 
-def _plan(session: Session, rows: EncodedRows, numbers: np.ndarray, size: int, number: int, max_steps: int) -> BatchPlan:
+def _plan(
+    session: Session, rows: EncodedRows, numbers: np.ndarray, size: int, number: int, max_steps: int, remainder: str = ""
+) -> BatchPlan:
     data, train = session.settings.data, session.settings.train
     # A seed per stage: with one for all, every stage of equal size would see its rows in the same order.
     plan = plan_batches(
         rows.lengths[numbers], rows.labels[numbers], rows.has_image[numbers], batch_size=size, buckets=data.buckets,
         seed=session.settings.run.seed * 1000 + number, epochs=train.epochs, max_steps=max_steps, grouping=data.grouping,
-        remainder=data.remainder,
+        remainder=remainder or data.remainder,
     )
     return dataclasses.replace(plan, rows=numbers[plan.rows])
 

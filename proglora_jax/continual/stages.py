@@ -102,7 +102,8 @@ def load_stage(stage: Stage, workdir: Path, method: Method, initial: CLState, be
     meta = records["meta"]
     previous = before.digest if before else ""
     if meta["previous"] != previous:
-        logging.warning("Stage %s is trained again: it was made from another predecessor (%s, now %s).", stage.name, meta["previous"][:12], previous[:12])
+        change = meta["previous"][:12], previous[:12]
+        logging.warning("Stage %s is trained again: it was made from another predecessor (%s, now %s).", stage.name, *change)
         return None
     tree = trees.merge(before.tree if before else {}, loaded["adapter"])
     return Finished(method.from_disk(tree, initial, stage.index), tree, meta["digest"], meta)

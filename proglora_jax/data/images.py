@@ -135,12 +135,12 @@ class ImageLoader:
         """Args: spec, mode, on_bad: as in `load_image`; cache_bytes: memory for prepared uint8 pixels, 0 for none.
 
         Raises:
-            UserError: "data.image_mode=x: choose one of pad, crop", "data.on_bad_image=x: choose one of raise, blank"
+            UserError: "config.evaluate.image_mode=x: choose one of pad, crop", "config.data.on_bad_image=x: choose one of raise, blank"
         """
         if mode not in MODES:
-            raise UserError(f"data.image_mode={mode}: choose one of {', '.join(MODES)}")
+            raise UserError(f"config.evaluate.image_mode={mode}: choose one of {', '.join(MODES)}")
         if on_bad not in BAD_IMAGE_POLICIES:
-            raise UserError(f"data.on_bad_image={on_bad}: choose one of {', '.join(BAD_IMAGE_POLICIES)}")
+            raise UserError(f"config.data.on_bad_image={on_bad}: choose one of {', '.join(BAD_IMAGE_POLICIES)}")
         self.spec, self.mode, self.on_bad, self._cache_bytes = spec, mode, on_bad, cache_bytes
         self.bad: set[str] = set()
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
@@ -191,12 +191,13 @@ def open_rgb(path: str) -> Image.Image:
         with Image.open(path) as image:
             return _to_rgb(image)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such image; check data.root, download it, or set data.on_bad_image=blank.") from error
+        raise UserError(f"{path}: no such image; check config.data.root, download it, or set config.data.on_bad_image=blank.") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: has too many pixels to be opened safely; shrink it, or set data.on_bad_image=blank.") from error
+        raise UserError(f"{path}: has too many pixels to be opened safely; shrink it, or set config.data.on_bad_image=blank.") from error
     except Exception as error:  # decoders raise many kinds for damaged bytes
         reason = type(error).__name__ if isinstance(error, Image.UnidentifiedImageError) else str(error).split("\n")[0][:120]
-        raise UserError(f"{path}: cannot be read as an image ({reason}); download it again, or set data.on_bad_image=blank.") from error
+        advice = "download it again, or set config.data.on_bad_image=blank."
+        raise UserError(f"{path}: cannot be read as an image ({reason}); {advice}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -108,9 +108,9 @@ def train_iterator(
         settings: anything else that must be the same when a run is resumed (JSON values).
 
     Raises:
-        UserError: "data.batch_size=30: not divisible by 4 processes"; "plan names row 90, but there are 80 rows".
+        UserError: "config.train.batch_size=30: not divisible by 4 processes"; "plan names row 90, but there are 80 rows".
     """
-    share = _share(plan.batch_size, process_index, process_count)
+    share = _share("config.train.batch_size", plan.batch_size, process_index, process_count)
     if plan.rows.max(initial=-1) >= len(rows):
         raise UserError(f"the batch plan names row {plan.rows.max()}, but there are {len(rows)} rows; plan with the same rows")
     side = loader.spec.size
@@ -128,9 +128,9 @@ def _read_options(threads: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1 if threads else 0)
 
 
-def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+def _share(field: str, batch_size: int, process_index: int, process_count: int) -> slice:
     if process_count < 1 or not 0 <= process_index < process_count or batch_size % process_count:
-        raise UserError(f"data.batch_size={batch_size}: not divisible by {process_count} processes (this is process {process_index})")
+        raise UserError(f"{field}={batch_size}: not divisible by {process_count} processes (this is process {process_index})")
     size = batch_size // process_count
     return slice(process_index * size, (process_index + 1) * size)
 
@@ -150,7 +150,7 @@ def _fingerprint(rows: EncodedRows, plan: BatchPlan, loader: ImageLoader, settin
         "rows": rows.digest(),
         "tokenizer": encoder.tokenizer.fingerprint,
         "encoder": [repr(encoder.template), encoder.image_tokens, encoder.max_length, encoder.max_labels, encoder.empty_answer],
-        "images": [repr(loader.spec), loader.mode, loader.on_bad],
+        "images": [repr(loader.spec), loader.mode],
         "settings": dict(settings),
     }
     return hashlib.sha256(json.dumps(parts, default=repr, sort_keys=True).encode()).hexdigest()
@@ -236,20 +236,23 @@ def eval_batches(
         process_index, process_count: this process among all.
 
     Raises:
-        UserError: "no questions to evaluate ..."; "eval.batch_size=0: ..."; a prompt longer than the largest length.
+        UserError: "no questions to evaluate ..."; "config.evaluate.batch_size=0: ..."; a prompt longer than the largest length.
     """
     if not questions:
-        raise UserError("no questions to evaluate; check the task's evaluation file and eval.subset")
+        raise UserError("no questions to evaluate; check the task's evaluation file and config.evaluate.subset_size")
     if batch_size < 1:
-        raise UserError(f"eval.batch_size={batch_size}: must be above 0")
+        raise UserError(f"config.evaluate.batch_size={batch_size}: must be above 0")
     encoded = encoder.encode_questions(questions)
     sizes = np.asarray([len(item.tokens) for item in encoded], np.int64)
     limits = tuple(int(t) for t in lengths) or (suggest_buckets(sizes, np.zeros_like(sizes))[0][0],)
     if any(b <= a for a, b in zip(limits, limits[1:])):
-        raise UserError(f"eval.lengths={list(limits)}: must grow")
+        raise UserError(f"config.evaluate.prompt_lengths={list(limits)}: must grow")
     if sizes.max() > limits[-1]:
-        raise UserError(f"eval.lengths={list(limits)}: a prompt has {sizes.max()} positions; enlarge the last or lower eval.max_length")
+        longest = questions[int(sizes.argmax())]
+        raise UserError(
+            f"config.evaluate.prompt_lengths={list(limits)}: the prompt of {longest.task} question {longest.id} has {sizes.max()} "
+            "positions; enlarge the last one")
     bucket = row_buckets(sizes, np.zeros_like(sizes), tuple((t, 0) for t in limits))
     order = np.argsort(bucket, kind="stable")
-    share = _share(batch_size, process_index, process_count)
+    share = _share("config.evaluate.batch_size", batch_size, process_index, process_count)
     return EvalBatches(questions, encoded, encoder, loader, order, bucket, limits, batch_size, share, task_id)

@@ -83,7 +83,7 @@ def plan_batches(
         chunks: equal parts of a batch that should have about the same total length (devices times accumulation steps).
 
     Raises:
-        UserError: "data.batch_size=32: only 20 rows; lower it or set data.remainder=wrap", and the like for every field.
+        UserError: "config.train.batch_size=32: only 20 rows; lower it or set config.data.remainder=wrap", and the like for every field.
 
     Source: LLaVA's group_by_modality_length, with token counts for word counts.
     """
@@ -119,13 +119,13 @@ def check_buckets(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
     """The buckets as a tuple, refused unless both T and K grow (K may stay equal).
 
     Raises:
-        UserError: "data.buckets=[...]: ..."
+        UserError: "config.data.buckets=[...]: ..."
     """
     given = tuple((int(t), int(k)) for t, k in buckets)
     if not given or any(t < 1 or k < 0 for t, k in given):
-        raise UserError(f"data.buckets={list(given)}: needs at least one (positions, supervised tokens) pair, positions above 0")
+        raise UserError(f"config.data.buckets={list(given)}: needs at least one (positions, supervised tokens) pair, positions above 0")
     if any(b[0] <= a[0] or b[1] < a[1] for a, b in zip(given, given[1:])):
-        raise UserError(f"data.buckets={list(given)}: must grow in positions and must not shrink in supervised tokens")
+        raise UserError(f"config.data.buckets={list(given)}: must grow in positions and must not shrink in supervised tokens")
     return given
 
 
@@ -141,8 +141,9 @@ def row_buckets(lengths: np.ndarray, labels: np.ndarray, buckets: tuple[Bucket, 
     misfits = np.count_nonzero(chosen >= len(buckets))
     if misfits:
         raise UserError(
-            f"data.buckets: {misfits} rows do not fit the largest bucket {buckets[-1]}; the longest row has {lengths.max()} positions "
-            f"and the most supervised tokens are {labels.max()}; enlarge the bucket or lower data.max_length and data.max_labels"
+            f"config.data.buckets: {misfits} rows do not fit the largest bucket {buckets[-1]}; the longest row has {lengths.max()} "
+            f"positions, and the most supervised tokens are {labels.max()}; enlarge the bucket, or lower config.data.max_length or "
+            "config.data.max_labels"
         )
     return chosen
 
@@ -165,17 +166,17 @@ def suggest_buckets(lengths: Sequence[int], labels: Sequence[int], count: int = 
 
 def _check(count, batch_size, epochs, max_steps, grouping, remainder, chunks) -> None:
     if grouping not in GROUPINGS:
-        raise UserError(f"data.grouping={grouping}: choose one of {', '.join(GROUPINGS)}")
+        raise UserError(f"config.data.grouping={grouping}: choose one of {', '.join(GROUPINGS)}")
     if remainder not in REMAINDERS:
-        raise UserError(f"data.remainder={remainder}: choose one of {', '.join(REMAINDERS)}")
+        raise UserError(f"config.data.remainder={remainder}: choose one of {', '.join(REMAINDERS)}")
     if batch_size < 1 or chunks < 1 or batch_size % chunks:
-        raise UserError(f"data.batch_size={batch_size}: must be above 0 and divisible by devices times accumulation steps ({chunks})")
+        raise UserError(f"config.train.batch_size={batch_size}: must be above 0 and divisible by devices times micro-batches ({chunks})")
     if max_steps < 0 or (max_steps == 0 and epochs < 1):
-        raise UserError(f"train.epochs={epochs}, train.max_steps={max_steps}: train for at least one epoch or one step")
+        raise UserError(f"config.train.epochs={epochs}, config.train.max_steps={max_steps}: train for at least one epoch or one step")
     if count == 0:
-        raise UserError("no training rows are left; check the task's files and data.max_examples")
+        raise UserError("no training rows are left; check the task's files and config.data.train_examples")
     if count < batch_size and remainder == "drop":
-        raise UserError(f"data.batch_size={batch_size}: only {count} rows; lower it or set data.remainder=wrap")
+        raise UserError(f"config.train.batch_size={batch_size}: only {count} rows; lower it or set config.data.remainder=wrap")
 
 
 def _modality_stream(rng, lengths, has_image, batch_size, chunks) -> np.ndarray:

@@ -84,11 +84,11 @@ def encode_rows(rows: Sequence[TrainRow], encoder: Encoder, on_unsupervised: str
             them out and counts them, "raise" names them in an error.
 
     Raises:
-        UserError: "data.on_unsupervised=x: ...", "training rows: 2 problem(s): GQA record 7: no answer left within 2048
+        UserError: "config.data.on_unsupervised=x: ...", "training rows: 2 problem(s): GQA record 7: no answer left within 2048
             positions; ...", or "training rows: none of the 5 has a supervised token; ..."
     """
     if on_unsupervised not in UNSUPERVISED_POLICIES:
-        raise UserError(f"data.on_unsupervised={on_unsupervised}: choose one of {', '.join(UNSUPERVISED_POLICIES)}")
+        raise UserError(f"config.data.on_unsupervised={on_unsupervised}: choose one of {', '.join(UNSUPERVISED_POLICIES)}")
     kept, encoded, problems = [], [], []
     counts = {"truncated": 0, "empty_answers": 0, "unsupervised": 0}
     for start in range(0, len(rows), _CHUNK):
@@ -104,11 +104,11 @@ def encode_rows(rows: Sequence[TrainRow], encoder: Encoder, on_unsupervised: str
             reason = f"no answer left within {encoder.max_length} positions" if item.truncated else "no answer that is not empty"
             problems.append(f"{row.example.task} record {row.example.id}: {reason}")
     if on_unsupervised == "raise":
-        raise_collected(problems, "training rows", "Repair them, raise data.max_length, or set data.on_unsupervised=drop.")
+        raise_collected(problems, "training rows", "Repair them, raise config.data.max_length, or set config.data.on_unsupervised=drop.")
     if not kept:
         raise UserError(
             f"training rows: none of the {len(rows)} has a supervised token within {encoder.max_length} positions; "
-            "check the answers in the task's file and data.max_length"
+            "check the answers in the task's file and config.data.max_length"
         )
     for name, count in counts.items():
         if count:

@@ -95,17 +95,17 @@ def task_order(order: str | Sequence[str]) -> tuple[str, ...]:
     """Task names in training order: a named order (coin, alphabet) or a list of names.
 
     Raises:
-        UserError: "data.tasks: ..." for an unknown name, an empty list or a task that is named twice.
+        UserError: "config.data.tasks: ..." for an unknown name, an empty list or a task that is named twice.
     """
     if isinstance(order, str):
         if order not in ORDERS:
-            raise UserError(f"data.tasks={order}: unknown order; choose {', '.join(ORDERS)} or give a list of task names")
+            raise UserError(f"config.data.tasks={order}: unknown order; choose {', '.join(ORDERS)} or give a list of task names")
         return ORDERS[order]
     names = tuple(get_task(name).name for name in order)
     if not names:
-        raise UserError("data.tasks: the list is empty; name at least one task")
+        raise UserError("config.data.tasks: the list is empty; name at least one task")
     if len(set(names)) < len(names):
-        raise UserError(f"data.tasks={', '.join(names)}: a task is named twice; name each task once")
+        raise UserError(f"config.data.tasks={', '.join(names)}: a task is named twice; name each task once")
     return names
 
 
@@ -164,7 +164,7 @@ def load_task(root: str, task: str, instruction_set: str = "Original") -> TaskDa
     """
     row = get_task(task)
     if instruction_set not in _SET_FOLDERS:
-        raise UserError(f"data.instruction_set={instruction_set}: unknown; choose one of {', '.join(_SET_FOLDERS)}")
+        raise UserError(f"config.data.instruction_set={instruction_set}: unknown; choose one of {', '.join(_SET_FOLDERS)}")
     looked = []
     for name, suffix in _SET_FOLDERS[instruction_set]:
         for base in (os.path.join(root, "playground"), root):
@@ -176,7 +176,7 @@ def load_task(root: str, task: str, instruction_set: str = "Original") -> TaskDa
                 return TaskData(row, folder, suffix, _image_root(root))
     raise UserError(
         f"{root}: no files for task {row.name} of instruction set {instruction_set}; looked for train.json or {row.eval_file} in "
-        f"{', '.join(looked[:4])}; set data.root to the folder that holds playground/ and cl_dataset/"
+        f"{', '.join(looked[:4])}; set config.data.root to the folder that holds playground/ and cl_dataset/"
     )
 
 

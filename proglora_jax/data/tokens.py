@@ -177,9 +177,9 @@ class Encoder:
 
     def __post_init__(self):
         if self.empty_answer not in EMPTY_ANSWER_POLICIES:
-            raise UserError(f"data.empty_answer={self.empty_answer}: choose one of {', '.join(EMPTY_ANSWER_POLICIES)}")
+            raise UserError(f"config.data.empty_answer={self.empty_answer}: choose one of {', '.join(EMPTY_ANSWER_POLICIES)}")
         if self.max_length <= self.image_tokens:
-            raise UserError(f"data.max_length={self.max_length}: must be above the {self.image_tokens} positions of one image")
+            raise UserError(f"config.data.max_length={self.max_length}: must be above the {self.image_tokens} positions of one image")
 
     def encode_examples(self, examples: Sequence[Example]) -> list[Encoded]:
         """Encodes training records, see `encode_example`."""
@@ -270,7 +270,7 @@ class Encoder:
         if excess > len(message):
             raise UserError(
                 f"{question.task} question {question.id}: the template and image alone need {len(tokens) - len(message)} positions but "
-                f"data.max_length={self.max_length}; raise it or use the template vicuna_v1_bare"
+                f"config.data.max_length={self.max_length}; raise it or use the template vicuna_v1_bare"
             )
         stop = int(message[-1]) + 1
         keep = np.r_[0 : stop - excess, stop : len(tokens)]

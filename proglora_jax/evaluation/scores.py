@@ -283,7 +283,7 @@ def _checked_scorer(task: str, mode: str) -> Scorer:
 def _check_references(task: str, references: Sequence[Reference]) -> None:
     """Raises for references that lack what the task's scorer compares with."""
     if not references:
-        raise UserError(f"references of {task}: there are none; check the evaluation file and eval.subset")
+        raise UserError(f"references of {task}: there are none; check the evaluation file and config.evaluate.subset_size")
     problems = [f"question_id {r.question_id}: {why}" for r in references if (why := _reference_problem(task, r))]
     raise_collected(problems, f"references of {task}", "Check the evaluation file and the auxiliary files of the task.")
 

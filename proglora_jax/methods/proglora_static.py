@@ -63,7 +63,8 @@ class ProgLoRAStatic(Pooled):
         row = np.zeros(info.total, np.float32)
         row[: info.index] = info.similarity if self.weights == "similarity" else 1.0
         row[info.index] = 1.0
-        return dataclasses.replace(state, memory=state.memory | {"weights": state.memory["weights"].at[info.index].set(row)})
+        table = jnp.asarray(state.memory["weights"]).at[info.index].set(row)
+        return dataclasses.replace(state, memory=state.memory | {"weights": table})
 
     def gates(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> PyTree:
         """The row of the current task while training, the row of the sample's own task at test."""

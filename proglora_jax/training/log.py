@@ -60,7 +60,8 @@ class RunLogger:
     def rewind(self, stage: int, phase: str, step: int) -> int:
         """Drops from the record what a resumed run is about to do again, and a last line that a kill cut short.
 
-        Kept: earlier stages, earlier phases of this stage, and this phase up to and including `step`.
+        Kept: other stages (later ones are there when a damaged stage in the middle is trained again), earlier phases of this stage,
+        and this phase up to and including `step`.
 
         Args:
             stage: the stage that is resumed, from 0.
@@ -81,7 +82,8 @@ class RunLogger:
                 continue
             here = entry.get("stage") == stage and entry.get("phase") == phase
             reached = reached or here
-            if (here and entry.get("step", 0) <= step) or (not reached and entry.get("stage", stage) <= stage):
+            before = not reached or entry.get("stage") != stage
+            if entry["step"] <= step if here and "step" in entry else before:
                 kept.append(line)
         atomic_write_text(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")

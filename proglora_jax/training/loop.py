@@ -68,6 +68,7 @@ class PhasePlan:
         seed: of dropout and of the extra losses' draws.
         example_name: (task id, index) -> the example's name, for messages.
         save_every: steps between two saves of the progress.
+        name: of the stage, for messages.
     """
 
     stage: int
@@ -75,6 +76,7 @@ class PhasePlan:
     seed: int
     example_name: Callable[[int, int], str]
     save_every: int
+    name: str = ""
 
 
 def train_phase(
@@ -96,7 +98,7 @@ def train_phase(
         The state after the last step.
 
     Raises:
-        UserError: "loss is nan at step <n> of stage <i>; the batch held ..." with the examples' names.
+        UserError: "loss is nan at step <n> of the stage <name>; the batch held ..." with the examples' names.
         Stopped: after a stop signal, when the progress is saved.
     """
     key = jax.random.key(plan.seed)
@@ -135,7 +137,7 @@ def train_phase(
         if stop.requested:
             if state.step == plan.total:
                 save(state)
-            raise Stopped(f"stopped after step {state.step} of {plan.total} in stage {plan.stage + 1}; the progress is saved")
+            raise Stopped(f"stopped after step {state.step} of {plan.total} of the stage {plan.name}; the progress is saved")
     return state
 
 
@@ -154,6 +156,6 @@ def memory_peak() -> int | None:
 def _not_finite(plan: PhasePlan, step: int, loss: float, task_id: np.ndarray, example: np.ndarray) -> str:
     names = [plan.example_name(int(task), int(index)) for task, index in zip(task_id, example)]
     return (
-        f"loss is {loss} at step {step} of stage {plan.stage + 1}; the batch held {', '.join(names[:8])}"
-        f"{' ...' if len(names) > 8 else ''}; lower train.learning_rate or look at these examples. The last saved progress is kept"
+        f"loss is {loss} at step {step} of the stage {plan.name}; the batch held {', '.join(names[:8])}"
+        f"{' ...' if len(names) > 8 else ''}; lower config.train.learning_rate or look at these examples. The last saved progress is kept"
     )

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from proglora_jax.data.errors import UserError
-from proglora_jax.data.plan import GROUPINGS
 from proglora_jax.methods.base import Method
 from proglora_jax.methods.registry import method_class
+from proglora_jax.training.settings_check import check_settings
 
 T = TypeVar("T")
-SCHEDULES = ("cosine", "constant", "constant_log_warmup")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,11 +232,14 @@ def from_config(config: Mapping[str, Any]) -> Settings:
     unknown = sorted(set(config) - set(_SECTIONS) - {"method"})
     if unknown:
         raise UserError(f"config.{unknown[0]}: unknown section; known: method, {', '.join(_SECTIONS)}")
+    for section, fields in config.items():
+        if not isinstance(fields, Mapping):
+            raise UserError(f"config.{section}={fields!r}: must be a section with fields, not {type(fields).__name__}")
     method = dict(config.get("method", {}))
     cls = method_class(str(method.pop("name", "")))
     sections = {name: build(section, config.get(name, {}), f"config.{name}") for name, section in _SECTIONS.items()}
     settings = Settings(method=build(cls, method, "config.method"), **sections)
-    _check(settings)
+    check_settings(settings)
     return settings
 
 
@@ -276,36 +278,6 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         return dict(value) if isinstance(value, Mapping) else tuple(value) if isinstance(value, (list, tuple)) else value
     names = {bool: "True or False", int: "a whole number", float: "a number", str: "a string", tuple: "a list"}
     raise UserError(f"{where}={value!r}: must be {names.get(kind, kind)}, not {type(value).__name__}")
-
-
-def _check(settings: Settings) -> None:
-    data, train, evaluate, run = settings.data, settings.train, settings.evaluate, settings.run
-    checks = [
-        (data.benchmark in ("embedded", "coin"), "data.benchmark", data.benchmark, "must be 'embedded' or 'coin'"),
-        (bool(data.root), "data.root", repr(data.root), "name the folder that holds playground/ and cl_dataset/"),
-        (bool(data.buckets) and list(data.buckets) == sorted(data.buckets), "data.buckets", data.buckets, "must grow"),
-        (data.grouping in GROUPINGS, "data.grouping", data.grouping, f"must be one of {', '.join(GROUPINGS)}"),
-        (data.remainder in ("drop", "wrap"), "data.remainder", data.remainder, "must be 'drop' or 'wrap'"),
-        (data.on_bad_image in ("raise", "blank"), "data.on_bad_image", data.on_bad_image, "must be 'raise' or 'blank'"),
-        (data.on_unsupervised in ("raise", "drop"), "data.on_unsupervised", data.on_unsupervised, "must be 'raise' or 'drop'"),
-        (train.schedule in SCHEDULES, "train.schedule", train.schedule, f"must be one of {', '.join(SCHEDULES)}"),
-        (train.loss_norm in ("global_token_mean", "micro_batch_mean"), "train.loss_norm", train.loss_norm,
-         "must be 'global_token_mean' or 'micro_batch_mean'"),
-        (train.micro_batches >= 1, "train.micro_batches", train.micro_batches, "must be >= 1"),
-        (train.epochs > 0, "train.epochs", train.epochs, "must be positive"),
-        (train.learning_rate > 0, "train.learning_rate", train.learning_rate, "must be positive"),
-        (0 <= train.warmup_fraction < 1, "train.warmup_fraction", train.warmup_fraction, "must be in [0, 1)"),
-        (evaluate.image_mode in ("coin", "pad"), "evaluate.image_mode", evaluate.image_mode, "must be 'coin' or 'pad'"),
-        (evaluate.batch_size >= 1, "evaluate.batch_size", evaluate.batch_size, "must be >= 1"),
-        (settings.similarity.encoders == "backbone", "similarity.encoders", settings.similarity.encoders, "must be 'backbone'"),
-        (settings.similarity.pool in ("cls", "mean"), "similarity.pool", settings.similarity.pool, "must be 'cls' or 'mean'"),
-        (run.protocol in ("sequential", "isolated"), "run.protocol", run.protocol, "must be 'sequential' or 'isolated'"),
-        (run.checkpoint_every_steps >= 1, "run.checkpoint_every_steps", run.checkpoint_every_steps, "must be >= 1"),
-        (run.log_every_steps >= 1, "run.log_every_steps", run.log_every_steps, "must be >= 1"),
-    ]
-    for holds, field, value, sentence in checks:
-        if not holds:
-            raise UserError(f"config.{field}={value}: {sentence}")
 
 
 def batch_size_of(train: TrainSettings, task: str) -> int:

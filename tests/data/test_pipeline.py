@@ -105,7 +105,7 @@ def test_rows_without_supervision(world):
         encode_rows([*bad, *rows], encoder, on_unsupervised="raise")
     with pytest.raises(UserError, match="none of the 2 has a supervised token"):
         encode_rows(bad, encoder)
-    with pytest.raises(UserError, match="data.on_unsupervised=x"):
+    with pytest.raises(UserError, match="config.data.on_unsupervised=x"):
         encode_rows(rows, encoder, on_unsupervised="x")
 
 
@@ -281,11 +281,11 @@ def test_bad_evaluation(world):
     loader = ImageLoader(ImageSpec(16))
     with pytest.raises(UserError, match="no questions"):
         eval_batches([], encoder, loader, batch_size=4)
-    with pytest.raises(UserError, match="eval.batch_size=0"):
+    with pytest.raises(UserError, match="config.evaluate.batch_size=0"):
         eval_batches(questions(images), encoder, loader, batch_size=0)
-    with pytest.raises(UserError, match="eval.lengths=.*must grow"):
+    with pytest.raises(UserError, match="config.evaluate.prompt_lengths=.*must grow"):
         eval_batches(questions(images), encoder, loader, batch_size=4, lengths=(64, 64))
-    with pytest.raises(UserError, match="a prompt has"):
+    with pytest.raises(UserError, match="the prompt of GQA question 105 has 43 positions"):
         eval_batches(questions(images), encoder, loader, batch_size=4, lengths=(8,))
     batches = eval_batches([Question("9", "GQA", "/nowhere.jpg", "Q", "")], encoder, loader, batch_size=4)
     with pytest.raises(UserError, match="GQA question 9: /nowhere.jpg"):

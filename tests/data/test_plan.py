@@ -109,13 +109,13 @@ def test_suggested_buckets_fit():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"count": 15}, "data.batch_size=16: only 15 rows"),
+        ({"count": 15}, "config.train.batch_size=16: only 15 rows"),
         ({"count": 0}, "no training rows are left"),
-        ({"batch_size": 0}, "data.batch_size=0"),
+        ({"batch_size": 0}, "config.train.batch_size=0"),
         ({"chunks": 3}, "divisible by devices"),
-        ({"epochs": 0}, "train.epochs=0"),
-        ({"grouping": "x"}, "data.grouping=x"),
-        ({"remainder": "x"}, "data.remainder=x"),
+        ({"epochs": 0}, "config.train.epochs=0"),
+        ({"grouping": "x"}, "config.data.grouping=x"),
+        ({"remainder": "x"}, "config.data.remainder=x"),
         ({"buckets": ()}, "data.buckets"),
         ({"buckets": ((80, 8), (40, 8))}, "must grow"),
         ({"buckets": ((80, 8), (90, 4))}, "must grow"),

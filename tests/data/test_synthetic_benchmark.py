@@ -161,7 +161,8 @@ def test_an_existing_folder_is_reused_or_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, message", [((0, 0, 2), "data.train_size=0"), ((0, 2, 0), "data.test_size=0"), ((0, 2, 2, ["X"]), "unknown task")]
+    "arguments, message",
+    [((0, 0, 2), "config.data.embedded_train_size=0"), ((0, 2, 0), "embedded_test_size=0"), ((0, 2, 2, ["X"]), "unknown task")],
 )
 def test_bad_arguments(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):

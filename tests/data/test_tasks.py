@@ -64,7 +64,7 @@ def test_image_folder_alias(tmp_path):
 def test_missing_task_and_set(tmp_path):
     with pytest.raises(UserError, match="no files for task GQA of instruction set Diverse; looked for"):
         load_task(str(tmp_path), "GQA", "Diverse")
-    with pytest.raises(UserError, match="data.instruction_set=x"):
+    with pytest.raises(UserError, match="config.data.instruction_set=x"):
         load_task(str(tmp_path), "GQA", "x")
 
 

@@ -168,9 +168,9 @@ def test_empty_answers(always):
 
 
 def test_bad_settings(always):
-    with pytest.raises(UserError, match="data.empty_answer=x"):
+    with pytest.raises(UserError, match="config.data.empty_answer=x"):
         Encoder(always, VICUNA, 1, 10, empty_answer="x")
-    with pytest.raises(UserError, match="data.max_length=576"):
+    with pytest.raises(UserError, match="config.data.max_length=576"):
         Encoder(always, VICUNA, 576, 576)
 
 

@@ -46,14 +46,14 @@ def write_benchmark(
     Raises:
         UserError: "<root>: holds another benchmark (train_size=... there, ... asked for); delete the folder or choose another root",
             "<root>: exists and is not a coin_mini benchmark; choose another root",
-            "data.train_size=0: sizes must be >= 1" or "data.tasks: unknown task(s) ...".
+            "config.data.embedded_train_size=0: sizes must be >= 1" or "config.data.tasks: unknown task(s) ...".
     """
     names = tuple(tasks) if tasks is not None else tuple(layout.TASKS)
     if unknown := [name for name in names if name not in layout.TASKS]:
-        raise UserError(f"data.tasks: unknown task(s) {', '.join(unknown)}; choose from {', '.join(layout.TASKS)}")
+        raise UserError(f"config.data.tasks: unknown task(s) {', '.join(unknown)}; choose from {', '.join(layout.TASKS)}")
     for field, size in (("train_size", train_size), ("test_size", test_size)):
         if size < 1:
-            raise UserError(f"data.{field}={size}: sizes must be >= 1")
+            raise UserError(f"config.data.embedded_{field}={size}: sizes must be >= 1")
     sizes = {"train_size": train_size, "test_size": test_size}
     wanted = {"benchmark": "coin_mini", "version": VERSION, "seed": seed, **sizes, "tasks": list(names)}
     if (found := _existing(root, wanted)) is not None:

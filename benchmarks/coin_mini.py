@@ -1,0 +1,122 @@
+"""Runs methods and variants on the embedded benchmark over seeds, and writes their tables (python benchmarks/coin_mini.py --help).
+
+    python benchmarks/coin_mini.py --set headline --seeds 0 1 2
+    python benchmarks/coin_mini.py --set gates --seeds 0 1 2 --jobs 2
+
+Each run is the project's main job in a process of its own, under runs/benchmark/; a run that is finished is not repeated.
+The results go to benchmarks/results/coin_mini_<set>.md (the table) and coin_mini_<set>.json (every number behind it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAPER = ("gate_bonus=0.0", "gate_lr_multiplier=1.0", "key_scale=1.0")
+
+# Set -> variant -> (method, overrides of config.method).
+SETS = {
+    "headline": {
+        "lora": ("lora", ()),
+        "proglora_dynamic": ("proglora_dynamic", ()),
+        "proglora_static": ("proglora_static", ()),
+    },
+    "gates": {
+        "paper's literal setting": ("proglora_dynamic", PAPER),
+        "learning rate x3, keys x3": ("proglora_dynamic", ("gate_bonus=0.0", "gate_lr_multiplier=3.0", "key_scale=3.0")),
+        "bonus 5 over 70 %": ("proglora_dynamic", ("gate_bonus=5.0", "gate_bonus_fraction=0.7", "gate_lr_multiplier=1.0", "key_scale=1.0")),
+        "bonus 5 over 70 %, x3, x3": ("proglora_dynamic", ("gate_bonus=5.0", "gate_bonus_fraction=0.7", "gate_lr_multiplier=3.0", "key_scale=3.0")),
+    },
+}
+
+
+def main() -> None:
+    """Runs a set and writes its results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", choices=SETS, default="headline")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each when more than one")
+    parser.add_argument("--variants", nargs="+", help="only these variants of the set")
+    arguments = parser.parse_args()
+    variants = {name: value for name, value in SETS[arguments.set].items() if not arguments.variants or name in arguments.variants}
+    jobs = [(name, *variants[name], seed) for seed in arguments.seeds for name in variants]
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        records = list(pool.map(lambda job: run(*job, threads=0 if arguments.jobs == 1 else 1), jobs))
+    write(arguments.set, records)
+
+
+def run(variant: str, method: str, overrides: tuple[str, ...], seed: int, threads: int) -> dict:
+    """Runs one variant and seed, and returns its results."""
+    slug = "".join(c if c.isalnum() else "_" for c in variant)
+    workdir = ROOT / "runs" / "benchmark" / f"{slug}_seed{seed}"
+    command = [sys.executable, "-m", "proglora_jax.main", "--config", f"configs/coin_mini.py:method={method},seed={seed}"]
+    command += [f"--config.method.{override}" for override in overrides] + ["--workdir", str(workdir)]
+    environment = dict(os.environ)
+    if threads:
+        environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    began = time.monotonic()
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / "console.log", "a", encoding="utf-8") as log:
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
+    print(f"{variant}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
+    record = json.loads((workdir / "results.json").read_text())
+    return {"variant": variant, "arguments": [os.path.basename(part) if part == str(workdir) else part for part in command[1:]], **record}
+
+
+def summary(record: dict) -> dict[str, float]:
+    """ACC, mean right after training, BWT, and for how many tasks the own block has the largest mean gate at the end."""
+    matrix = record["scoring"]["coin"]
+    count = len(matrix)
+    final, diagonal = matrix[-1], [matrix[i][i] for i in range(count)]
+    gates = record["gates"].get(str(count - 1), {})
+    own = [max(range(len(gate)), key=gate.__getitem__) == record["tasks"].index(task) for task, gate in gates.items()]
+    clean = record["scoring"]["clean"]
+    return {
+        "ACC": statistics.fmean(final), "right after": statistics.fmean(diagonal),
+        "BWT": statistics.fmean(f - d for f, d in zip(final, diagonal)), "ACC clean": statistics.fmean(clean[-1]),
+        "BWT clean": statistics.fmean(clean[-1][i] - clean[i][i] for i in range(count)), "own block largest": sum(own) if own else float("nan"),
+    }
+
+
+def write(name: str, records: list[dict]) -> None:
+    """Writes the table and the numbers of a set."""
+    folder = ROOT / "benchmarks" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"coin_mini_{name}.json").write_text(json.dumps(records, indent=1) + "\n")
+    lines = [f"# coin_mini: {name}", "", f"`python benchmarks/coin_mini.py --set {name} --seeds {' '.join(sorted({str(r['seed']) for r in records}))}`", "",
+             "Means over seeds (each seed's value in brackets), accuracies in %, 200 questions a task.", ""]
+    variants = list(dict.fromkeys(record["variant"] for record in records))
+    columns = list(summary(records[0]))
+    lines += ["| variant | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for variant in variants:
+        values = [summary(record) for record in records if record["variant"] == variant]
+        cells = [f"{statistics.fmean(v[c] for v in values):.1f} ({', '.join(f'{v[c]:.1f}' for v in values)})" for c in columns]
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    tasks = records[0]["tasks"]
+    for title, pick in (("Right after training", lambda m, i: m[i][i]), ("After the last task", lambda m, i: m[-1][i])):
+        lines += ["", f"## {title}", "", "| variant | " + " | ".join(tasks) + " |", "|---|" + "---|" * len(tasks)]
+        for variant in variants:
+            chosen = [record["scoring"]["coin"] for record in records if record["variant"] == variant]
+            lines.append(f"| {variant} | " + " | ".join(f"{statistics.fmean(pick(m, i) for m in chosen):.1f}" for i in range(len(tasks))) + " |")
+    gated = [record for record in records if record["gates"]]
+    for variant in dict.fromkeys(record["variant"] for record in gated):
+        chosen = [record["gates"][str(len(tasks) - 1)] for record in gated if record["variant"] == variant]
+        lines += ["", f"## Mean gates after the last task: {variant}", "", "| task | " + " | ".join(tasks) + " |", "|---|" + "---|" * len(tasks)]
+        for task in tasks:
+            lines.append(f"| {task} | " + " | ".join(f"{statistics.fmean(g[task][i] for g in chosen):.2f}" for i in range(len(tasks))) + " |")
+    versions = records[0]["versions"]
+    lines += ["", f"jax {versions.get('jax')}, Python {versions.get('python')}, CPU."]
+    (folder / f"coin_mini_{name}.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Runs a method on the tiny LLaVA task after task as the runner does, without files: start, probe, train, end, evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import stub_llava
+import tiny_llava
+
+from proglora_jax.core import mesh as meshes
+from proglora_jax.core import tree as trees
+from proglora_jax.core.types import CLState
+from proglora_jax.methods.base import Method, Replay, TaskInfo, check_contract
+from proglora_jax.methods.registry import METHODS
+from proglora_jax.training import losses, loop, optim
+from proglora_jax.training import step as steps_of
+from proglora_jax.training.settings import TrainSettings
+
+# A small and quick version of any method: those of these fields that it has.
+SMALL = dict(rank=4, alpha=8.0, proj_width=8, recall_per_task=6)
+TRAIN = TrainSettings(learning_rate=1e-2, projector_learning_rate=1e-3, schedule="constant", warmup_fraction=0.0, loss_norm="global_token_mean")
+
+
+def small(name: str, **fields) -> Method:
+    """A method of the registry with small sizes; `fields` override."""
+    known = {field.name for field in dataclasses.fields(METHODS[name])}
+    return METHODS[name](**{key: value for key, value in (SMALL | fields).items() if key in known or key in fields})
+
+
+@dataclasses.dataclass(eq=False)
+class Harness:
+    """A method, a mesh and three tasks of rows whose words are their own.
+
+    Attributes:
+        method: what runs.
+        shape: sizes of the mesh's axes; one device without.
+        dtype: compute dtype.
+        train: how it trains.
+        total: number of tasks.
+        count: rows of a task.
+        size: rows of a batch.
+        seed: of rows, batches and the method's draws.
+        image: whether three in four rows have an image.
+        backbone: "tiny" (the tiny LLaVA) or "stub" (its stand-in, which compiles quicker).
+    """
+
+    method: Method
+    shape: dict = dataclasses.field(default_factory=dict)
+    dtype: str = "float32"
+    train: TrainSettings = TRAIN
+    total: int = 3
+    count: int = 32
+    size: int = 8
+    seed: int = 0
+    image: bool = True
+    backbone: str = "tiny"
+
+    @functools.cached_property
+    def mesh(self):
+        """The devices."""
+        return tiny_llava.mesh(**self.shape)
+
+    @functools.cached_property
+    def llava(self):
+        """The backbone on the mesh."""
+        if self.backbone == "stub":
+            return meshes.put_replicated(stub_llava.stub(self.dtype), self.mesh)
+        return tiny_llava.place(tiny_llava.model(self.dtype), self.mesh)
+
+    @functools.cache  # noqa: B019 (a harness lives as long as its test file)
+    def step(self, separate: bool):
+        """The training step."""
+        return steps_of.make_train_step(self.method, self.train, "none", separate, self.mesh)
+
+    @functools.cached_property
+    def probe_step(self):
+        """The probe of training samples."""
+        return steps_of.make_probe(self.method, self.mesh)
+
+    def initial(self) -> CLState:
+        """The state before the first task."""
+        return self.method.init(self.llava.targets(), meshes.to_host(self.llava.projector_params()), self.total, self.seed)
+
+    def info(self, index: int) -> TaskInfo:
+        """The task as the method sees it; the similarity to the one before is 0.75, to the one before that 0.5."""
+        return TaskInfo(index, f"task{index}", self.total, self.count, np.float32([0.5, 0.75])[-index:] if index else np.zeros(0, np.float32), self.seed)
+
+    @functools.cache  # noqa: B019
+    def rows(self, task: int):
+        """All training rows of a task."""
+        return tiny_llava.rows_of(task, self.count, self.seed, **({} if self.image else {"image": False}))
+
+    def probe(self, state: CLState, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """What the method asks of training rows, in batches of one size."""
+        rows, parts = self.rows(int(state.stage)), []
+        for start in range(0, len(numbers), self.size):
+            chosen = np.resize(numbers[start : start + self.size], self.size)
+            batch = meshes.put_batch(tiny_llava.batch([rows[i] for i in chosen]), self.mesh)
+            parts.append(self.probe_step(*meshes.put_replicated((state.params, state.memory), self.mesh), self.llava, batch, state.stage))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(numbers)], *parts)
+
+    def batches(self, index: int, replay: Replay | None, salt: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Endless batches of a stage, replayed rows among them."""
+        rng = np.random.default_rng([self.seed, index, salt])
+        own, old = list(self.rows(index)), []
+        for task, count in enumerate(replay.counts if replay else ()):
+            chosen = rng.permutation(self.count)[:count]
+            old += [dataclasses.replace(self.rows(task)[i], weight=replay.weight) for i in chosen]
+        part = max(1, round(self.size * replay.share)) if replay and replay.mix == "separate_batch" and old else 0
+        pool = own if part else own + old
+        while True:
+            rows = [pool[i] for i in rng.permutation(len(pool))[: self.size - part]] + [old[i] for i in rng.integers(0, len(old), part)]
+            yield tiny_llava.batch(rows)
+
+    def control(self, index: int, step: int, steps: int) -> dict:
+        """What the loop tells a step."""
+        rates = optim.learning_rates(self.train, self.method, step, steps)
+        return {
+            "stage": np.int32(index), "step": np.int32(step), "progress": np.float32(step / steps),
+            "key": jax.random.key(self.seed * 1000 + index), "rates": {name: np.float32(rate) for name, rate in rates.items()},
+        }  # fmt: skip
+
+    def begin(self, state: CLState, index: int) -> tuple[CLState, dict[str, bool]]:
+        """The state with which a task's training starts, and its mask."""
+        started = self.method.start_task(state, self.info(index), self.probe)
+        return started, check_contract(self.method, state if index else None, started, self.info(index))
+
+    def fit(self, state: CLState, mask: dict[str, bool], index: int, steps: int) -> tuple[CLState, list[float]]:
+        """Trains the phases of a stage; returns the losses of all steps."""
+        seen = []
+        replay = self.method.replay(self.info(index))
+        for salt, _ in enumerate(self.method.phases(self.info(index))):
+            trainable, frozen = trees.partition(state.params, mask)
+            phase = loop.start_phase(trainable, self.train, self.mesh)
+            frozen, memory = meshes.put_replicated((frozen, state.memory), self.mesh)
+            function = self.step(bool(replay and replay.mix == "separate_batch"))
+            for step, batch in zip(range(steps), self.batches(index, replay, salt)):
+                phase.trainable, phase.optimizer, metrics = function(
+                    phase.trainable, phase.optimizer, frozen, memory, self.llava, meshes.put_batch(batch, self.mesh), self.control(index, step, steps))
+                seen.append(float(metrics["loss"]))
+            state = dataclasses.replace(state, params=trees.merge(frozen, phase.trainable))
+        return state, seen
+
+    def stage(self, state: CLState, index: int, steps: int) -> tuple[CLState, list[float]]:
+        """A whole stage: start, train, end."""
+        state, mask = self.begin(state, index)
+        state, seen = self.fit(state, mask, index, steps)
+        return self.method.end_task(state, self.info(index), self.probe), seen
+
+    @functools.cached_property
+    def forward(self):
+        """(params, memory, llava, batch, stage) -> scores, gates and loss of a batch at test."""
+        method = self.method
+
+        @jax.jit
+        def forward(params, memory, llava, batch, stage):
+            x = steps_of.embed_batch(llava, params, batch)
+            gates = method.gates(params, memory, steps_of.gate_inputs(llava, method, x, batch, stage))
+            hidden = llava.decode(x, adapter=method.adapter(params, gates, None)).hidden
+            logits = llava.logits(losses.gather_positions(hidden, batch["label_index"]))
+            nll = losses.token_nll(logits, batch["labels"], batch["label_mask"])
+            return {"logits": logits, "gates": gates["blocks"], "loss": nll.sum() / batch["label_mask"].sum()}
+
+        return forward
+
+    def answer(self, state: CLState, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Scores, gates and loss of a batch at test."""
+        params, memory = meshes.put_replicated((state.params, state.memory), self.mesh)
+        return jax.tree.map(np.asarray, self.forward(params, memory, self.llava, meshes.put_batch(batch, self.mesh), state.stage))
+
+    def loss(self, state: CLState, task: int) -> float:
+        """Loss at test on rows of a task that were not trained on."""
+        rows = tiny_llava.rows_of(task, self.size, self.seed + 100, **({} if self.image else {"image": False}))
+        return float(self.answer(state, tiny_llava.batch(rows))["loss"])
+
+
+@functools.cache
+def bare(dtype: str = "float32") -> Harness:
+    """The backbone alone."""
+    return Harness(METHODS["zero_shot"](), dtype=dtype)

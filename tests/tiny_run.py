@@ -1,0 +1,111 @@
+"""Whole runs at tiny size: a random LLaVA folder with the embedded benchmark's tokenizer, a config for it, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from proglora_jax.checkpoints.stage import load_checkpoint
+from proglora_jax.data.synthetic import tokenizer as pieces
+from proglora_jax.models.presets import ClipConfig, LlamaConfig, LlavaConfig
+from proglora_jax.training.base_recipe import initial_tree, save_base
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# Three tasks, eight steps each: every moment of a run comes within seconds.
+SMALL = {
+    "method.rank": 2, "method.alpha": 4.0, "data.tasks": "TextVQA,ImageNet,OCRVQA", "data.embedded_train_size": 20,
+    "data.embedded_test_size": 6, "data.max_length": 92, "data.buckets": ((92, 24),), "train.batch_size": 4, "train.epochs": 1,
+    "train.max_steps": 8, "evaluate.batch_size": 2, "evaluate.max_new_tokens": 5, "evaluate.prompt_lengths": (88,),
+    "run.checkpoint_every_steps": 2, "run.log_every_steps": 1, "run.tensorboard": False, "similarity.max_samples": 4,
+    "mesh.data": 1,
+}  # fmt: skip
+DYNAMIC = {"method.proj_width": 4, "method.recall_per_task": 4}
+
+
+def save_model(folder: Path) -> Path:
+    """Writes a random LLaVA of two narrow layers that reads the embedded benchmark's words and pictures."""
+    vocabulary = len(pieces.build_tokenizer().get_vocab())
+    text = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128
+    )
+    vision = ClipConfig(
+        hidden_size=16, intermediate_size=24, projection_dim=8, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=16
+    )
+    config = LlavaConfig(
+        text_config=text, vision_config=vision, image_token_id=pieces.IMAGE, pad_token_id=pieces.PAD, tie_word_embeddings=True
+    )
+    save_base(initial_tree(config, 0), config, str(folder))
+    return folder
+
+
+def config_module(name: str = "coin_mini"):
+    """A file of configs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def changes(model: Path, root: Path, method: str = "proglora_dynamic", **fields: Any) -> dict[str, Any]:
+    """{"section.field": value} that make configs/coin_mini.py tiny; `fields` are written section__field."""
+    routing = DYNAMIC if method == "proglora_dynamic" else {"method.recall_per_task": 4} if method == "proglora_static" else {}
+    own = {name.replace("__", "."): value for name, value in fields.items()}
+    return SMALL | routing | {"model.path": str(model), "data.root": str(root)} | own
+
+
+def config(model: Path, root: Path, method: str = "proglora_dynamic", **fields: Any) -> dict[str, dict[str, Any]]:
+    """The tiny config as plain dicts; arguments as for `changes`."""
+    made = config_module().get_config(f"method={method}").to_dict()
+    for name, value in changes(model, root, method, **fields).items():
+        section, field = name.split(".")
+        made[section][field] = value
+    return made
+
+
+def flags(model: Path, root: Path, method: str = "proglora_dynamic", **fields: Any) -> list[str]:
+    """The tiny config as flags of proglora_jax.main."""
+    overrides = [f"--config.{name}={value}" for name, value in changes(model, root, method, **fields).items()]
+    return [f"--config={CONFIGS / 'coin_mini.py'}:method={method}", *overrides]
+
+
+def stage_folders(workdir: Path) -> list[Path]:
+    """The stages' folders in order."""
+    return sorted((workdir / "stages").iterdir())
+
+
+def outcome(workdir: Path) -> dict[str, Any]:
+    """Everything that a run computes and that must not depend on when it was stopped: adapters, digests, answers, scores; no times."""
+    found: dict[str, Any] = {}
+    for folder in stage_folders(workdir):
+        trees, records = load_checkpoint(folder / "adapter")
+        found[f"{folder.name}/digest"] = records["meta"]["digest"]
+        found[f"{folder.name}/similarity"] = records["meta"]["similarity"]
+        found |= {f"{folder.name}/{path}": leaf for path, leaf in flat(trees["adapter"]).items()}
+        for answers in sorted((folder / "answers").iterdir()):
+            found[f"{folder.name}/{answers.name}"] = answers.read_text()
+        for scores in sorted((folder / "scores").iterdir()):
+            found[f"{folder.name}/{scores.name}"] = {k: v for k, v in json.loads(scores.read_text()).items() if k not in ("seconds", "sha256")}
+    results = json.loads((workdir / "results.json").read_text())
+    return found | {name: results[name] for name in ("scoring", "gates", "counts", "tasks")}
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, np.ndarray]:
+    """{path: leaf} of nested dicts."""
+    pairs: dict[str, np.ndarray] = {}
+    for name, value in tree.items():
+        pairs |= flat(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return pairs
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """Names under which two outcomes are not bit-identical."""
+    names = sorted(set(first) ^ set(second))
+    for name in sorted(set(first) & set(second)):
+        a, b = first[name], second[name]
+        same = a.dtype == b.dtype and a.tobytes() == b.tobytes() if isinstance(a, np.ndarray) else a == b
+        names += [] if same else [name]
+    return names
