@@ -21,7 +21,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from proglora_jax.checkpoints.integrity import atomic_write_json, read_json
+from proglora_jax.checkpoints.integrity import atomic_write_json, read_json, remove_leftovers
 from proglora_jax.data.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -110,7 +110,7 @@ def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, com
         # ---- devices
         if settings.run.compilation_cache:
             jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.expanduser(settings.run.compilation_cache)))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         logging.info("workdir %s, %d device(s): %s", workdir, jax.device_count(), jax.devices()[0].device_kind)
 
         # ---- the run
@@ -166,6 +166,7 @@ def claim_workdir(workdir: Path, config: Mapping[str, Mapping[str, Any]], comman
         except OSError as error:
             raise UserError(f"--workdir={workdir}: another process is using it; wait for it or choose another folder") from error
         _check_owner(workdir, config, command)
+        remove_leftovers(workdir)
         yield
 
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import pytest
+from absl import logging
+from jax.experimental.compilation_cache import compilation_cache
 
+from proglora_jax import main
 from proglora_jax.checkpoints.stage import load_checkpoint
+from proglora_jax.core import mesh as meshes
 from proglora_jax.data.synthetic import tokenizer as pieces
 from proglora_jax.models.presets import ClipConfig, LlamaConfig, LlavaConfig
 from proglora_jax.training.base_recipe import initial_tree, save_base
@@ -109,3 +116,35 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
         same = a.dtype == b.dtype and a.tobytes() == b.tobytes() if isinstance(a, np.ndarray) else a == b
         names += [] if same else [name]
     return names
+
+
+class Here:
+    """Tiny runs in this process, on one of its devices, with one model, one benchmark and one compile cache."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.model, self.root = folder, save_model(folder / "model"), folder / "data"
+
+    def config(self, method: str = "proglora_dynamic", **fields: Any) -> dict[str, dict[str, Any]]:
+        """The tiny config with changes; `fields` are written section__field."""
+        return config(self.model, self.root, method, **{"run__compilation_cache": str(self.folder / "cache")} | fields)
+
+    def run(self, name: str, method: str = "proglora_dynamic", **fields: Any) -> Path:
+        """Runs in the workdir of that name, or goes on there; returns the workdir."""
+        main.run(self.config(method, **fields), self.folder / name, f"run {name}")
+        return self.folder / name
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Iterator[Here]:
+    """Import it into a test file: its runs take the first of the simulated devices, and compile each program once."""
+    options = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0, "jax_disable_most_optimizations": False}
+    compilation_cache.reset_cache()
+    jax.config.update("jax_disable_most_optimizations", True)
+    make, level = meshes.make_mesh, logging.get_verbosity()
+    meshes.make_mesh = lambda shape: make(shape, jax.devices()[:1])
+    yield Here(tmp_path_factory.mktemp("here"))
+    meshes.make_mesh = make
+    logging.set_verbosity(level)
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

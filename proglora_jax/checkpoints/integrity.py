@@ -68,6 +68,12 @@ def atomic_write_bytes(path: str | os.PathLike, data: bytes) -> None:
     fsync_path(path.parent)
 
 
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Removes the temporary files that killed writes left anywhere below a folder that no other process writes to."""
+    for path in Path(folder).rglob(".*.tmp-*"):
+        path.unlink(missing_ok=True)
+
+
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text file (UTF-8) as `atomic_write_bytes` does."""
     atomic_write_bytes(path, text.encode())

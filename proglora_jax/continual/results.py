@@ -13,7 +13,7 @@ import numpy as np
 
 import proglora_jax
 from proglora_jax.checkpoints.integrity import read_json
-from proglora_jax.continual.run_record import RunRecord, load_run, save_run
+from proglora_jax.continual.run_record import FILE, RunRecord, load_run, save_run
 from proglora_jax.continual.session import Session
 from proglora_jax.continual.stages import FINAL, Stage
 from proglora_jax.data.errors import UserError
@@ -88,25 +88,40 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
                 "instruction set": session.settings.data.instruction_set, "protocol": run.protocol}
     settings |= {name: value for name, value in dataclasses.asdict(session.method).items()}
     return RunRecord(
-        method=session.method.name, seed=run.seed, tasks=tasks, scoring=matrix, gates=gates, isolated=_isolated(session, stages, matrix),
+        method=session.method.name, seed=run.seed, tasks=tasks, scoring=matrix, gates=gates, isolated=_isolated(session, matrix),
         baselines={"score of the references themselves": ceilings} if ceilings else {}, counts=counts, seconds=seconds,
         command=_command(session.workdir), versions=versions(), config_hash=config_hash(session.workdir),
         benchmark="coin_mini" if session.settings.data.benchmark == "embedded" else "CoIN", settings=settings,
     )
 
 
-def _isolated(session: Session, stages: tuple[Stage, ...], matrix: Mapping[str, list]) -> dict[str, float] | None:
-    """Accuracy of each task trained alone: this run's own if it is such a run, or read from the one that the config names."""
-    run = session.settings.run
-    if run.protocol == "isolated":
-        return {session.tasks[i]: row[i] for i, row in enumerate(matrix["coin"]) if row[i] is not None}
-    if not run.isolated_results:
+def read_isolated(session: Session) -> dict[str, float] | None:
+    """Accuracy of each task trained alone, from the run that the config names; None where it names none.
+
+    Raises:
+        UserError: "config.run.isolated_results=<path>: ..." for a file that is no such record or lacks a task.
+    """
+    named = session.settings.run.isolated_results
+    if not named:
         return None
-    record = load_run(Path(run.isolated_results))
+    path = Path(named)
+    try:
+        record = load_run(path.parent if path.name == FILE else path)
+    except UserError as error:
+        raise UserError(f"config.run.isolated_results={named}: {error}") from error
     missing = [task for task in session.tasks if task not in (record.isolated or {})]
     if missing:
-        raise UserError(f"config.run.isolated_results={run.isolated_results}: has no isolated result of {', '.join(missing)}")
+        raise UserError(
+            f"config.run.isolated_results={named}: has no isolated result of {', '.join(missing)}; run these tasks with "
+            "config.run.protocol=isolated first")
     return {task: record.isolated[task] for task in session.tasks}
+
+
+def _isolated(session: Session, matrix: Mapping[str, list]) -> dict[str, float] | None:
+    """Accuracy of each task trained alone: this run's own if it is such a run."""
+    if session.settings.run.protocol == "isolated":
+        return {session.tasks[i]: row[i] for i, row in enumerate(matrix["coin"]) if row[i] is not None}
+    return read_isolated(session)
 
 
 def _command(workdir: Path) -> str:

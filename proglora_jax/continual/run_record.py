@@ -173,7 +173,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> str:
     """Writes a file under a temporary name beside it and renames it; returns the path."""
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing_")
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.tmp-")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from proglora_jax.checkpoints.stage import find_newest, load_checkpoint, save_checkpoint
+from proglora_jax.checkpoints.stage import find_newest, load_checkpoint, load_records, save_checkpoint
 from proglora_jax.continual import results, similarity
 from proglora_jax.continual.answering import evaluate_task
 from proglora_jax.continual.session import Session
@@ -38,6 +38,7 @@ def run(session: Session) -> None:
     """
     method = session.method
     stages = plan_stages(session.tasks, method, session.settings.run.protocol)
+    results.read_isolated(session)  # what it says is needed after the first stage, but a wrong name should show before
     total = 1 if stages[0].fresh else len(stages)
     initial = method.init(session.targets, meshes.to_host(session.llava.projector_params()), total, session.settings.run.seed)
     before: Finished | None = None
@@ -180,16 +181,16 @@ def _resume(session: Session, folder: Path, phase: Phase, origin: str, state: Ph
     if path is None:
         return 0.0
     like = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+    if load_records(path)["meta"]["origin"] != origin:
+        logging.warning("Progress %s is dropped: the stage began with another state then than it does now.", path.name)
+        if session.chief:
+            shutil.rmtree(folder, ignore_errors=True)
+        return 0.0
     try:
         loaded, records = load_checkpoint(path, {"trainable": like(state.trainable), "optimizer": like(state.optimizer)})
         iterator.set_state(records["iterator"])
     except UserError as error:
         raise UserError(f"{path} cannot be continued: {error}") from error
-    if records["meta"]["origin"] != origin:
-        logging.warning("Progress %s is dropped: the stage began with another state then than it does now.", path.name)
-        if session.chief:
-            shutil.rmtree(folder, ignore_errors=True)
-        return 0.0
     state.trainable, state.optimizer = loaded["trainable"], loaded["optimizer"]
     state.step, state.loss = records["meta"]["step"], records["meta"]["loss"]
     session.logger.message(f"resumed after step {state.step} of phase {phase.name}, where the loss was {state.loss:.6g}")

@@ -14,7 +14,7 @@ from proglora_jax.core.mesh import batch_ways
 from proglora_jax.data import replay as replays
 from proglora_jax.data.batch import Batch, collate
 from proglora_jax.data.errors import UserError
-from proglora_jax.data.pipeline import TrainIterator, train_iterator
+from proglora_jax.data.pipeline import TrainIterator, load_row, train_iterator
 from proglora_jax.data.plan import BatchPlan, check_buckets, plan_batches, row_buckets
 from proglora_jax.data.rows import EncodedRows, encode_rows
 from proglora_jax.data.schema import TrainRow
@@ -104,10 +104,7 @@ def chosen_batches(session: Session, rows: EncodedRows, numbers: np.ndarray, bat
     for start in range(0, len(order), batch_size):
         positions = order[start : start + batch_size]
         filled = np.resize(positions, batch_size)[jax.process_index() * share : (jax.process_index() + 1) * share]
-        members = []
-        for number in numbers[filled]:
-            path = rows.rows[number].example.image
-            members.append(rows.row(int(number), None if path is None else session.train_loader(path)))
+        members = [load_row(rows, session.train_loader, int(number)) for number in numbers[filled]]
         yield positions, collate(members, buckets[place[positions].max()], session.encoder.tokenizer.pad_id, (side, side))
 
 

@@ -116,7 +116,7 @@ def train_iterator(
     side = loader.spec.size
 
     def load(n: int) -> Batch:
-        members = [_train_row(rows, loader, int(number)) for number in plan.rows[n, share]]
+        members = [load_row(rows, loader, int(number)) for number in plan.rows[n, share]]
         return collate(members, plan.buckets[plan.bucket[n]], rows.encoder.tokenizer.pad_id, (side, side))
 
     dataset = grain.MapDataset.source(range(len(plan))).map(load)
@@ -135,7 +135,12 @@ def _share(field: str, batch_size: int, process_index: int, process_count: int) 
     return slice(process_index * size, (process_index + 1) * size)
 
 
-def _train_row(rows: EncodedRows, loader: ImageLoader, number: int) -> BatchRow:
+def load_row(rows: EncodedRows, loader: ImageLoader, number: int) -> BatchRow:
+    """A training row with its image.
+
+    Raises:
+        UserError: "GQA record 2354786 (number 17 of its file): <path>: no such image; ..."
+    """
     try:
         path = rows.rows[number].example.image
         return rows.row(number, None if path is None else loader(path))

@@ -134,6 +134,8 @@ def load_tokenizer(folder: str, vocab_size: int = 0, legacy: bool = True) -> Tok
         UserError: "<folder>: no such folder", "... holds no tokenizer.json or tokenizer.model", "... cannot be loaded (...)",
             "... has no <image> token ...", "... has 32002 ids but the model's vocabulary has 32000 rows; ..."
     """
+    # Without torch, which is not needed here, transformers would begin every run with advice to install it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # half a second to import, and only needed here
 
     if not os.path.isdir(folder):

@@ -97,13 +97,19 @@ class Pooled(Method):
         return dataclasses.replace(fresh, params=params, stage=jnp.int32(stage))
 
     def fold_weighted(self, state: CLState, weights: np.ndarray) -> PyTree:
-        """The pool under constant weights f32[M] as one adapter: factors side by side, weight and scale folded into B."""
+        """The pool under constant weights f32[M] as one adapter, scale folded into B.
+
+        Factors lie side by side with their weight in B; where they are fused first, they are summed into one block's rank.
+        """
         stage = int(state.stage)
         folded = {}
         for name, leaf in self.leaves(state.params).items():
             gate = np.concatenate([np.repeat(weights[: leaf["pool_a"].shape[-1] // self.rank], self.rank), np.repeat(weights[stage], self.rank)])
             a = jnp.concatenate([leaf["pool_a"], leaf["a"]], axis=-1)
             b = jnp.concatenate([leaf["pool_b"], leaf["b"]], axis=1) * (self.scale * gate)[None, :, None]
+            if self.fuse == "factor":
+                a = (a * gate).reshape(*a.shape[:2], -1, self.rank).sum(axis=2)  # [L, d_in, r]
+                b = b.reshape(b.shape[0], -1, self.rank, b.shape[2]).sum(axis=1)  # [L, r, d_out]
             folded[name] = {"a": a, "b": b}
         return folded
 

@@ -101,6 +101,10 @@ class ProgLoRADynamic(Pooled):
         require_choice("recall_targets", self.recall_targets, ("stored", "recompute"))
         require(self.recall_per_task >= 0, "recall_per_task", self.recall_per_task, "must be >= 0 (200 in the paper)")
         require(self.recall_batch >= 0, "recall_batch", self.recall_batch, "must be 0 (all) or a number of samples")
+        require(self.key_scale > 0, "key_scale", self.key_scale, "must be positive (1 is the paper)")
+        require(self.gate_bonus >= 0, "gate_bonus", self.gate_bonus, "must be >= 0 (0 is the paper)")
+        require(self.gate_lr_multiplier >= 0, "gate_lr_multiplier", self.gate_lr_multiplier, "must be >= 0 (1 is the paper)")
+        require(self.recall_weight >= 0, "recall_weight", self.recall_weight, "must be >= 0 (2.0 in the paper)")
         require(0 < self.gate_bonus_fraction <= 1, "gate_bonus_fraction", self.gate_bonus_fraction, "must be in (0, 1]")
         self._temperature(1)
 
@@ -147,11 +151,15 @@ class ProgLoRADynamic(Pooled):
         """Grows the pool, freezes the last key, makes a new one, and says which stored samples count in this stage."""
         state = super().start_task(state, info, probe)
         if info.index == 0:
-            return state
+            if self.key_init != "mean_feature":
+                return state
+            return dataclasses.replace(state, params=state.params | {"key": self._new_key(state, info, probe)})
         params = state.params
         keys = jnp.asarray(params["keys"]).at[..., info.index - 1, :].set(params["key"])
         state = dataclasses.replace(state, params=params | {"keys": keys, "key": self._new_key(state, info, probe)})
-        memory = state.memory | {"mask": self._counted(info)}
+        targets = jnp.asarray(state.memory["targets"])
+        stored = jnp.any(targets > 0, axis=tuple(range(2, targets.ndim)))  # a task smaller than phi fills its first places only
+        memory = state.memory | {"mask": self._counted(info) * stored}
         if self.recall_targets == "recompute":
             memory["targets"] = self._recomputed(state, info)
         return dataclasses.replace(state, memory=memory)

@@ -114,7 +114,29 @@ def initial_tree(config: LlavaConfig, seed: int) -> dict:
     tree = random_llava(config, seed).to_tree()
     shape = (config.text_config.vocab_size, config.text_config.hidden_size)
     table = named_rng(seed, "embeddings").normal(0, EMBEDDING_STD, shape)
-    return {**tree, "language": {**tree["language"], "embed_tokens": jnp.asarray(table, jnp.float32)}}
+    layers = match_by_content(tree["language"]["layers"], config, named_rng(seed, "attention"))
+    return {**tree, "language": {**tree["language"], "layers": layers, "embed_tokens": jnp.asarray(table, jnp.float32)}}
+
+
+def match_by_content(layers: dict, config: LlavaConfig, rng: np.random.Generator) -> dict:
+    """Starts half of the heads as ones that look for positions with the same content and copy it.
+
+    Queries and keys of such a head begin as the same projection, values and outputs as another one and its transpose.
+    Without it the language model reads single things within a few hundred steps, but after 5,000 still did not find the
+    thing that a question names.
+    Source: mimetic initialisation (Trockman and Kolter, 2023).
+    """
+    text = config.text_config
+    width, head = text.hidden_size, text.head_dim
+    some = head * (text.num_attention_heads // 2)
+    kernels = {name: np.array(layers[name]["kernel"]) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    for layer in range(text.num_hidden_layers):
+        match, copy = (np.linalg.qr(rng.normal(size=(width, some)))[0] for _ in range(2))
+        for name in ("q_proj", "k_proj"):
+            kernels[name][layer, :, :some] = match + 0.3 * kernels[name][layer, :, :some]
+        kernels["v_proj"][layer, :, :some] = copy
+        kernels["o_proj"][layer, :some, :] = copy.T
+    return {**layers, **{name: {"kernel": jnp.asarray(kernel, jnp.float32)} for name, kernel in kernels.items()}}
 
 
 def save_base(tree: dict, config: LlavaConfig, out: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -144,7 +145,9 @@ def train_phase(
 def start_phase(trainable: PyTree, train: TrainSettings, mesh: Mesh) -> PhaseState:
     """A phase's state at its beginning: a fresh optimizer (no optimizer state crosses a stage)."""
     optimizer = optim.transform(train).init(trainable)
-    return PhaseState(meshes.put_replicated(trainable, mesh), meshes.put_replicated(optimizer, mesh))
+    # A copy, because the step donates these arrays, and every stage of an isolated run begins with the same ones.
+    own = jax.tree.map(jnp.copy, meshes.put_replicated(trainable, mesh))
+    return PhaseState(own, meshes.put_replicated(optimizer, mesh))
 
 
 def memory_peak() -> int | None:

@@ -183,7 +183,7 @@ class RunSettings:
     Attributes:
         seed: of everything random in training.
         protocol: "sequential" (task after task) or "isolated" (each task alone from the start, for FWT).
-        isolated_results: results.json of an isolated run, from which FWT is computed; "" reports none.
+        isolated_results: workdir (or its results.json) of an isolated run, from which FWT is computed; "" reports none.
         checkpoint_every_steps: steps between saves inside a phase.
         log_every_steps: steps between log lines.
         tensorboard: whether event files are written.

@@ -20,19 +20,19 @@ TOPICS = {"History": "the past", "Cooking": "food", "Travel": "places", "Science
 def draw_scene(rng: np.random.Generator) -> Scene:
     """A random picture of any kind; one in five of the shapes and signs is a bad photograph."""
     kind = int(rng.integers(20))
-    if kind < 9:
+    if kind < 11:
         side = {0: (SIDE_PX, 32), 1: (32, SIDE_PX)}.get(int(rng.integers(24)))
         count = int(pick(rng, (1, 2, 2, 3, 3, 4, 5)))
         if side:
             return shapes_scene(rng, random_things(rng, min(count, 3), distinct=True), width=side[0], height=side[1])
-        things = random_things(rng, count, distinct=count < 4 and bool(rng.integers(4)))
+        things = random_things(rng, count, distinct=count < 4 and bool(rng.integers(6)))
         if count > 2 and not rng.integers(3):
             things = [(colour, things[0][1] if rng.integers(2) else name) for colour, name in things]
         scene = shapes_scene(rng, things)
-    elif kind < 13:
+    elif kind < 14:
         scene = sign_scene(rng, pick_several(rng, SIGN_WORDS + LABEL_WORDS, 1 + int(rng.integers(3) == 0)))
     else:
-        return pick(rng, (random_object, random_object, cover_scene, cover_scene, arrow_scene, bars_scene, thermometers_scene))(rng)
+        return pick(rng, (random_object, random_object, cover_scene, arrow_scene, bars_scene, thermometers_scene))(rng)
     if rng.integers(5) == 0:
         scene.quality = pick(rng, ("blurry", "dark", "noisy", "useless"))
         scene.canvas.pixels = degrade(scene.canvas.pixels, scene.quality, rng)
@@ -53,10 +53,10 @@ def draw_turns(rng: np.random.Generator, scene: Scene | None, count: int) -> lis
     found: dict[str, str] = {}
     for _ in range(8 * count):
         if scene is None:
-            turn = pick(rng, (_definition, _comparison, _copy_option, _kind_option))(rng)
+            turn = pick(rng, (_definition, _comparison, _copy_option, _copy_option, _kind_option, _kind_option))(rng)
         elif scene.quality == "useless" or (scene.quality != "sharp" and rng.integers(4) == 0):
             turn = _quality(rng, scene)
-        elif rng.integers(5) == 0:
+        elif rng.integers(4) == 0:
             turn = _options(rng, scene)
         else:
             turn = pick(rng, _QUESTIONS[scene.kind])(rng, scene)
@@ -127,6 +127,11 @@ def _edge(rng: np.random.Generator, scene: Scene) -> Turn | None:
 def _relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
     if len(scene.elements) < 2 or len(_unique(scene, "name")) < len(scene.elements):
         return None
+    # Most dice name a relation that is not clear, so they are thrown a few times.
+    return next((turn for turn in (_relation_once(rng, scene) for _ in range(6)) if turn is not None), None)
+
+
+def _relation_once(rng: np.random.Generator, scene: Scene) -> Turn | None:
     one, other = pick_several(rng, scene.elements, 2)
     relation = pick(rng, list(RELATIONS))
     form = int(rng.integers(4))
@@ -233,7 +238,8 @@ def _thermometers(rng: np.random.Generator, scene: Scene) -> Turn:
 
 
 _SHAPES = (
-    _describe, _where, _corners, _corners, _corners, _edge, _edge, _relation, _relation, _relation, _colour, _name, _presence, _count,
+    _describe, _where, _where, _corners, _corners, _corners, _corners, _edge, _edge, _relation, _relation, _relation, _relation, _relation,
+    _colour, _colour, _name, _name, _presence, _presence, _count, _count,
 )
 _QUESTIONS = {
     "shapes": _SHAPES, "sign": (_sign,), "object": (_object,), "cover": (_cover,),
@@ -249,7 +255,10 @@ def _listed(rng: np.random.Generator, task: str, right: str, wrong: list[str]) -
     mark = pick(rng, (".", ".", ":", ")"))
     lines = "\n".join(f"{LETTERS[i]}{mark} {choice}" for i, choice in enumerate(choices))
     letter = LETTERS[choices.index(right)]
-    return f"{task}\n{lines}", f"I pick {letter}, {right}." if rng.integers(3) == 0 else f"I pick {letter}."
+    # Naming the content first teaches the way from content to letter; the short answer then has to take it at once.
+    if rng.integers(2):
+        return f"Explain and {task[0].lower()}{task[1:]}\n{lines}", f"It is {right}, so I pick {letter}."
+    return f"{task}\n{lines}", f"I pick {letter}."
 
 
 def _options(rng: np.random.Generator, scene: Scene) -> Turn | None:

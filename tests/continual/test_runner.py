@@ -1,0 +1,211 @@
+"""Whole runs in this process: stages of every protocol, what they leave on the disk, and what their results say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import here  # noqa: F401 (a fixture)
+
+from proglora_jax.checkpoints.stage import load_checkpoint
+from proglora_jax.continual.run_record import load_run
+from proglora_jax.continual.stages import plan_stages
+from proglora_jax.data.errors import UserError
+from proglora_jax.methods.registry import METHODS, NAMES
+from proglora_jax.training.log import RunLogger
+from proglora_jax.training.loop import Stopped
+
+TASKS = ("TextVQA", "ImageNet", "OCRVQA")
+TWO = {"data__tasks": "TextVQA,OCRVQA", "train__max_steps": 3}
+
+
+# ---------------------------------------------------------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("multi_task", "zero_shot")])
+def test_a_sequence_trains_one_task_a_stage_and_asks_all_tasks_so_far(name):
+    stages = plan_stages(TASKS, METHODS[name](), "sequential")
+    assert [(s.number, s.index, s.name, s.train, s.evaluate, s.fresh) for s in stages] == [
+        (0, 0, "TextVQA", (0,), (0,), False), (1, 1, "ImageNet", (1,), (0, 1), False), (2, 2, "OCRVQA", (2,), (0, 1, 2), False)]  # fmt: skip
+    assert all(stage.names == TASKS and [stage.local(task) for task in stage.evaluate] == list(stage.evaluate) for stage in stages)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("multi_task", "zero_shot")])
+def test_isolated_stages_are_sequences_of_one_task(name):
+    stages = plan_stages(TASKS, METHODS[name](), "isolated")
+    expected = [(i, 0, task, (i,), (i,), (task,), True) for i, task in enumerate(TASKS)]
+    assert [(s.number, s.index, s.name, s.train, s.evaluate, s.names, s.fresh) for s in stages] == expected
+    assert [stage.local(i) for i, stage in enumerate(stages)] == [0, 0, 0]
+
+
+def test_multi_task_and_zero_shot_have_one_stage():
+    (multi,) = plan_stages(TASKS, METHODS["multi_task"](), "sequential")
+    assert (multi.name, multi.train, multi.evaluate, multi.local(2)) == ("multi_task", (0, 1, 2), (0, 1, 2), 2)
+    (zero,) = plan_stages(TASKS, METHODS["zero_shot"](), "sequential")
+    assert (zero.name, zero.train, zero.evaluate) == ("zero_shot", (), (0, 1, 2))
+    for name in ("multi_task", "zero_shot"):
+        with pytest.raises(UserError, match=rf"config.run.protocol='isolated': {name} has a single stage; use 'sequential'"):
+            plan_stages(TASKS, METHODS[name](), "isolated")
+
+
+def test_folders_sort_in_the_order_of_the_stages(tmp_path):
+    names = [stage.folder(tmp_path).name for stage in plan_stages(TASKS, METHODS["lora"](), "sequential")]
+    assert names == sorted(names) == ["00_textvqa", "01_imagenet", "02_ocrvqa"]
+
+
+# ------------------------------------------------------------------------------------------------------------- a whole run
+
+
+@pytest.fixture(scope="module")
+def dynamic(here):
+    """A finished run of the dynamic method over three tasks."""
+    return here.run("dynamic")
+
+
+def adapters(workdir):
+    """(meta, {path: leaf}) of each stage's checkpoint."""
+    loaded = [load_checkpoint(folder / "adapter") for folder in tiny_run.stage_folders(workdir)]
+    return [(records["meta"], tiny_run.flat(trees["adapter"])) for trees, records in loaded]
+
+
+def test_results_and_report_of_a_sequence(dynamic):
+    record = load_run(dynamic)
+    assert (record.method, record.seed, record.tasks, record.finished) == ("proglora_dynamic", 0, TASKS, True)
+    assert record.command == "run dynamic" and record.benchmark == "coin_mini"
+    for mode in ("coin", "clean"):
+        assert [len(row) for row in record.scoring[mode]] == [1, 2, 3]
+        assert all(0 <= value <= 100 for row in record.scoring[mode] for value in row)
+    assert record.metrics("coin").bwt is not None
+    for stage, rows in record.gates.items():
+        assert list(rows) == list(TASKS[: stage + 1])
+        assert all(len(gates) == stage + 1 and np.isclose(sum(gates), 1, atol=1e-4) for gates in rows.values())
+    assert [set(counts) for counts in record.counts] == [{"block", "key", "query_projector", "mm_projector"}] * 3
+    assert all(seconds["train"] > 0 and seconds["evaluate"] > 0 for seconds in record.seconds)
+    text = (dynamic / "report.md").read_text()
+    assert "proglora_dynamic on coin_mini, seed 0" in text and "run dynamic" in text and (dynamic / "report.html").stat().st_size > 10_000
+
+
+def test_what_a_stage_leaves_in_its_folder(dynamic):
+    for number, folder in enumerate(tiny_run.stage_folders(dynamic)):
+        assert sorted(p.name for p in folder.iterdir()) == ["adapter", "answers", "scores"]
+        assert sorted(p.name for p in (folder / "answers").iterdir()) == sorted(f"{task}.jsonl" for task in TASKS[: number + 1])
+        assert sorted(p.name for p in (folder / "scores").iterdir()) == sorted(f"{task}.json" for task in TASKS[: number + 1])
+        header, *rows = [json.loads(line) for line in (folder / "answers" / "TextVQA.jsonl").read_text().splitlines()]
+        assert header["task"] == "TextVQA" and sorted(row["index"] for row in rows) == list(range(6))
+        assert all(row["prompt"] and len(row["gates"]) == 3 and row["question_id"] for row in rows)
+    assert json.loads((dynamic / "config.json").read_text())["config"]["method"]["name"] == "proglora_dynamic"
+
+
+def test_a_stage_saves_its_own_block_and_small_state_only(dynamic):
+    stages = adapters(dynamic)
+    for number, (meta, leaves) in enumerate(stages):
+        assert {path.split("/")[1] for path in leaves if path.startswith("pool/")} == {f"block_{number:02d}"}
+        assert {path.split("/")[1] for path in leaves if path.startswith(("memory/", "embedding/"))} == {f"task_{number:02d}"}
+        assert (meta["stage"], meta["task"], meta["rank"], meta["alpha"]) == (number, TASKS[number], 2, 4.0)
+        assert meta["previous"] == (stages[number - 1][0]["digest"] if number else "")
+        assert len(meta["similarity"]) == number and meta["hyperparameters"]["recall_weight"] == 2.0
+    sizes = [sum(leaf.nbytes for leaf in leaves.values()) for _, leaves in stages]
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_blocks_once_learned_are_never_written_again(dynamic):
+    keys = [leaves["params/keys"] for _, leaves in adapters(dynamic)]
+    own = [leaves["params/key"] for _, leaves in adapters(dynamic)]
+    np.testing.assert_array_equal(keys[2][:2], own[:2])
+    assert not keys[0].any() and not keys[1][1:].any()
+
+
+def test_how_often_progress_is_saved_changes_nothing(here, dynamic):
+    other = here.run("rarely", run__checkpoint_every_steps=5, run__log_every_steps=3, data__threads=0, data__image_cache_mb=1)
+    assert tiny_run.differences(tiny_run.outcome(other), tiny_run.outcome(dynamic)) == []
+
+
+def test_progress_that_went_on_from_another_state_is_dropped(here, dynamic, monkeypatch, caplog):
+    """A stage that was half trained on a predecessor that is not there any more starts again from the one that is."""
+    workdir = here.folder / "another"
+    step = RunLogger.step
+
+    def stop(self, number, *rest, **more):
+        step(self, number, *rest, **more)
+        if self._phase["stage"] == 1 and number == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLogger, "step", stop)
+        with pytest.raises(Stopped, match="of the stage ImageNet; the progress is saved"):
+            here.run("another", train__learning_rate=1e-2)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert list((workdir / "stages" / "01_imagenet" / "progress").iterdir())
+    # the first stage of the other run, with its own config: as if stage 1 had been lost and trained again elsewhere
+    shutil.rmtree(workdir / "stages" / "00_textvqa")
+    shutil.copytree(dynamic / "stages" / "00_textvqa", workdir / "stages" / "00_textvqa")
+    shutil.copy(dynamic / "config.json", workdir / "config.json")
+    here.run("another")
+    assert "is dropped: the stage began with another state then than it does now" in caplog.text
+    assert tiny_run.differences(tiny_run.outcome(workdir), tiny_run.outcome(dynamic)) == []
+
+
+def test_a_changed_backbone_is_noticed(here, dynamic):
+    shutil.copytree(dynamic, here.folder / "swapped")
+    shutil.copytree(here.model, here.folder / "other_model")
+    config = json.loads((here.model / "config.json").read_text())
+    (here.folder / "other_model" / "config.json").write_text(json.dumps(config | {"comment": "another file"}))
+    settings = here.config(model__path=str(here.folder / "other_model"))
+    stored = json.loads((here.folder / "swapped" / "config.json").read_text())
+    stored["config"]["model"]["path"] = settings["model"]["path"]
+    (here.folder / "swapped" / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"00_textvqa: was trained on another backbone than config.model.path=.*; put that model back"):
+        tiny_run.main.run(settings, here.folder / "swapped")
+
+
+# ---------------------------------------------------------------------------------------------------------- other protocols
+
+
+def test_isolated_runs_give_forward_transfer(here):
+    alone = here.run("alone", "lora", run__protocol="isolated", **TWO)
+    record = load_run(alone)
+    assert not record.sequential and record.finished and set(record.isolated) == {"TextVQA", "OCRVQA"}
+    assert [meta["previous"] for meta, _ in adapters(alone)] == ["", ""]
+    first, second = [leaves for _, leaves in adapters(alone)]
+    assert any(not np.array_equal(first[path], second[path]) for path in first)
+    assert "Metrics" in (alone / "report.md").read_text()
+
+    for path in (alone, alone / "results.json"):
+        sequence = here.run("sequence", "lora", run__isolated_results=str(path), **TWO)
+    record = load_run(sequence)
+    assert record.sequential and record.isolated == load_run(alone).isolated
+    assert record.metrics("coin").fwt is not None
+    in_sequence = adapters(sequence)[0][1]  # the first task has none before it, so both protocols train the same
+    assert len(first) > 10 and all(np.array_equal(leaf, in_sequence[path]) for path, leaf in first.items())
+
+
+def test_isolated_results_are_checked_before_anything_is_trained(here, dynamic):
+    fields = {"run__isolated_results": str(dynamic), **TWO}
+    with pytest.raises(UserError, match="config.run.isolated_results=.*: has no isolated result of TextVQA, OCRVQA; run these tasks"):
+        here.run("checked", "lora", **fields)
+    with pytest.raises(UserError, match="config.run.isolated_results=nowhere: nowhere/results.json: no such file"):
+        here.run("checked", "lora", **fields | {"run__isolated_results": "nowhere"})
+    assert not (here.folder / "checked" / "stages").exists()
+
+
+def test_multi_task_trains_once_on_the_union(here):
+    workdir = here.run("union", "multi_task", **TWO | {"train__batch_sizes": {"multi_task": 2}})
+    record = load_run(workdir)
+    assert [p.name for p in tiny_run.stage_folders(workdir)] == ["00_multi_task"]
+    assert record.finished and not record.sequential and [len(row) for row in record.scoring["coin"]] == [2]
+    assert record.metrics("coin").bwt is None
+
+
+def test_zero_shot_trains_nothing(here):
+    workdir = here.run("zero", "zero_shot", **TWO)
+    record = load_run(workdir)
+    assert record.finished and record.counts[0] == {} and record.gates == {}
+    (_, leaves), = adapters(workdir)
+    assert {path.split("/")[1] for path in leaves} == {"mm_projector"}
+    text = (workdir / "report.md").read_text()
+    assert re.search(r"zero_shot on coin_mini", text) and "step" not in (workdir / "metrics.jsonl").read_text()

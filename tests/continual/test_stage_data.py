@@ -1,0 +1,158 @@
+"""What a stage trains on: own rows, replayed rows and their weights, the layout of batches, and how alike tasks are."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+import torch
+import transformers
+from PIL import Image
+from tiny_run import here  # noqa: F401 (a fixture)
+
+from proglora_jax.continual import similarity
+from proglora_jax.continual.session import open_session
+from proglora_jax.continual.stage_data import chosen_batches, own_rows, stage_data
+from proglora_jax.continual.stages import plan_stages
+from proglora_jax.data import batch as codes
+from proglora_jax.data.errors import UserError
+from proglora_jax.data.replay import replay_indices
+from proglora_jax.methods.base import Replay, TaskInfo
+from proglora_jax.training.settings import from_config
+
+
+@pytest.fixture(scope="module")
+def session(here):
+    """An open session of the static method over three tasks."""
+    fields = {"train__max_steps": 0, "similarity__max_samples": 100, "data__tasks": "TextVQA,ScienceQA,ImageNet", "train__epochs": 2}
+    opened = open_session(from_config(here.config("proglora_static", **fields)), here.folder / "session", resumed=False)
+    yield opened
+    opened.logger.close()
+
+
+@pytest.fixture(scope="module")
+def last(session):
+    """The last stage: two tasks before it."""
+    return plan_stages(session.tasks, session.method, "sequential")[2]
+
+
+def change(session, **fields):
+    """The session with other training settings."""
+    train = dataclasses.replace(session.settings.train, **fields)
+    return dataclasses.replace(session, settings=dataclasses.replace(session.settings, train=train))
+
+
+def test_the_static_method_replays_what_is_unlike_with_its_weight(session, last):
+    method = dataclasses.replace(session.method, recall_per_task=10, recall_weight=3.0)
+    info = TaskInfo(2, "ImageNet", 3, 20, np.float32([0.35, 0.9]), 0)
+    data = stage_data(session, last, own_rows(session, last), method.replay(info))
+    assert (data.own, len(data.rows), data.separate) == (20, 20 + 7 + 1, False)
+    for task, count in ((0, 7), (1, 1)):
+        rows = [row for row in data.rows.rows if row.task_id == task]
+        assert [row.index for row in rows] == replay_indices(20, count, 0, session.tasks[task]).tolist()
+        assert {row.weight for row in rows} == {3.0} and {row.example.task for row in rows} == {session.tasks[task]}
+    assert {(row.task_id, row.weight) for row in data.rows.rows[:20]} == {(2, 1.0)}
+    assert data.plan.rows.shape == (14, 4)  # two epochs of 28 rows in batches of 4
+    for epoch in (0, 1):
+        assert sorted(data.plan.rows[data.plan.epoch == epoch].reshape(-1)) == list(range(28))
+
+
+def test_a_separate_batch_gives_replay_its_own_rows_in_every_batch(session, last):
+    wide = change(session, batch_size=8)
+    data = stage_data(wide, last, own_rows(session, last), Replay((5, 3), 2.0, "separate_batch", 0.25))
+    assert data.separate and data.plan.rows.shape == (6, 8)  # 20 rows, six of them in each batch, twice
+    assert data.plan.rows[:, :6].max() < 20 <= data.plan.rows[:, 6:].min()
+    assert set(data.plan.rows[:, 6:].reshape(-1)) == set(range(20, 28))
+
+
+def test_a_separate_batch_repeats_what_is_fewer_than_its_share(session, last):
+    data = stage_data(change(session, batch_size=8), last, own_rows(session, last), Replay((1, 0), 2.0, "separate_batch", 0.5))
+    assert data.plan.rows[:, 4:].tolist() == [[20] * 4] * 10
+
+
+def test_without_replayed_rows_nothing_is_apart(session, last):
+    own = own_rows(session, last)
+    for replay in (None, Replay((0, 0), 2.0, "separate_batch")):
+        data = stage_data(session, last, own, replay)
+        assert len(data.rows) == 20 and not data.separate
+
+
+def test_every_stage_shuffles_its_rows_in_its_own_way(session, last):
+    own = own_rows(session, last)
+    orders = [stage_data(session, dataclasses.replace(last, number=number), own, None).plan.rows.tolist() for number in (1, 2)]
+    assert orders[0] != orders[1]
+
+
+def test_batch_sizes_by_task_and_batches_that_cannot_be_shared(session, last):
+    own = own_rows(session, last)
+    assert stage_data(change(session, batch_sizes={"ImageNet": 10}), last, own, None).plan.batch_size == 10
+    with pytest.raises(UserError, match=r"config.train.batch_size=21: only 20 rows; lower it or set config.data.remainder=wrap"):
+        stage_data(change(session, batch_size=21), last, own, None)
+    devices = np.asarray(jax.devices()).reshape(8, 1, 1)
+    eight = dataclasses.replace(session, mesh=type(session.mesh)(devices, session.mesh.axis_names))
+    with pytest.raises(UserError, match="config.train.batch_size=4: must be a multiple of the 8 devices that share a batch"):
+        stage_data(eight, last, own, None)
+
+
+def test_chosen_rows_come_in_full_batches_with_their_places(session, last):
+    own = own_rows(session, last)
+    numbers = np.array([11, 3, 19, 0, 7])
+    seen = {}
+    for positions, batch in chosen_batches(session, own, numbers, 2):
+        assert batch["tokens"].shape[0] == 2
+        seen |= {int(position): int(example) for position, example in zip(positions, batch["example"])}
+    assert seen == dict(enumerate(numbers))
+
+
+@pytest.fixture(scope="module")
+def embeddings(session):
+    """Our embedding of each task."""
+    stages = plan_stages(session.tasks, session.method, "sequential")
+    return {stage.name: similarity.task_embedding(session, stage.name, own_rows(session, stage), 4) for stage in stages}
+
+
+def test_task_embeddings_are_means_over_images_and_words(here, session, embeddings):
+    """Against transformers' CLIP and plain numpy over the same files."""
+    oracle = transformers.LlavaForConditionalGeneration.from_pretrained(here.model).eval()
+    table = oracle.get_input_embeddings().weight.detach().numpy()
+    background = session.images.background
+    for stage in plan_stages(session.tasks, session.method, "sequential"):
+        rows = own_rows(session, stage)
+        features, words = [], {codes.INSTRUCTION: [], codes.ANSWER: []}
+        for number, row in enumerate(rows.rows):
+            if row.example.image:
+                picture = Image.open(row.example.image).convert("RGB")
+                square = Image.new("RGB", (max(picture.size),) * 2, background)
+                square.paste(picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
+                pixels = session.images.normalise(np.asarray(square.resize((48, 48), Image.Resampling.BICUBIC)))
+                with torch.no_grad():
+                    states = oracle.model.vision_tower(torch.tensor(pixels.transpose(2, 0, 1)[None]), output_hidden_states=True).hidden_states
+                features.append(states[-2][0, 1:].mean(0).numpy())
+            encoded = rows.row(number, None)
+            for code, found in words.items():
+                found.append(table[encoded.tokens[encoded.segments == code]].mean(0))
+        ours = embeddings[stage.name]
+        np.testing.assert_allclose(ours["image"], np.mean(features, axis=0), atol=2e-5)
+        np.testing.assert_allclose(ours["instruction"], np.mean(words[codes.INSTRUCTION], axis=0), atol=1e-6)
+        np.testing.assert_allclose(ours["answer"], np.mean(words[codes.ANSWER], axis=0), atol=1e-6)
+
+
+def test_similarity_is_the_product_of_three_cosines(session, embeddings):
+    names = session.tasks
+    got = similarity.similarities([embeddings[names[0]], embeddings[names[1]]], embeddings[names[2]], clamp=True)
+    for value, name in zip(got, names):
+        first, second = embeddings[name], embeddings[names[2]]
+        cosines = [first[part] @ second[part] / np.linalg.norm(first[part]) / np.linalg.norm(second[part]) for part in first]
+        np.testing.assert_allclose(value, np.clip(np.prod(cosines), 0, 1), rtol=1e-5)
+    assert np.allclose(similarity.similarities([embeddings[names[0]]], embeddings[names[0]], clamp=False), 1)
+
+
+def test_similarity_without_images_and_below_zero():
+    text = {"image": np.zeros(3), "instruction": np.array([1.0, 0.0]), "answer": np.array([0.0, 2.0])}
+    turned = {**text, "answer": np.array([0.0, -1.0])}
+    pictured = {**text, "image": np.ones(3)}
+    assert similarity.similarities([text, turned, pictured], text, clamp=False).tolist() == [1.0, -1.0, 0.0]
+    assert similarity.similarities([text, turned, pictured], text, clamp=True).tolist() == [1.0, 0.0, 0.0]
