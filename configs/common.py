@@ -16,7 +16,7 @@ METHODS = {
     "proglora_dynamic": _SMALL_BLOCK | _POOL | _RECALL | {
         "routing_tokens": "instruction", "routing_layer": 0, "routing_scope": "global", "routing_decode": "prefill_cached", "split_max_quirk": False,
         "temperature": "sqrt_d", "proj_variant": "paper", "proj_width": 256, "key_init": "fresh_xavier", "key_scale": 1.0,
-        "train_old_keys": False, "gate_bonus": 0.0, "gate_bonus_fraction": 0.5, "gate_lr_multiplier": 1.0,
+        "train_old_keys": False, "gate_bonus": 0.0, "gate_bonus_fraction": 0.5, "match_weight": 0.0, "gate_lr_multiplier": 1.0,
         "recall_kl": "target_pred", "recall_reduction": "mean", "recall_batch": 0, "recall_targets": "stored",
     },
 }

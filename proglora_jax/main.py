@@ -52,6 +52,17 @@ def main(argv: list[str]) -> None:
     Raises:
         SystemExit: with 1 after an error of the user's, whose sentence is printed; a stop signal that was obeyed is no error.
     """
+    try:
+        if len(argv) > 1:
+            raise UserError(f"unexpected arguments: {' '.join(argv[1:])}; flags begin with --, see --help")
+        _run_flags(_loaded_config(sys.argv[1:]))
+    except UserError as error:
+        logging.flush()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _run_flags(config: dict[str, Any]) -> None:
     # Imported here: --help and a mistyped flag should not wait for jax.
     import jax
 
@@ -59,20 +70,13 @@ def main(argv: list[str]) -> None:
     from proglora_jax.training.loop import Stopped
 
     setup_console()
+    if _PROCESSES.value > 1:
+        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    command = " ".join(shlex.quote(arg) for arg in ["python", "-m", "proglora_jax.main", *sys.argv[1:]])
     try:
-        if len(argv) > 1:
-            raise UserError(f"unexpected arguments: {' '.join(argv[1:])}; flags begin with --, see --help")
-        config = _loaded_config(sys.argv[1:])
-        if _PROCESSES.value > 1:
-            jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        command = " ".join(shlex.quote(arg) for arg in ["python", "-m", "proglora_jax.main", *sys.argv[1:]])
         run(config, _WORKDIR.value or default_workdir(sys.argv[1:], config), command)
     except Stopped as stop:
         logging.info("%s; run the same command to go on", stop)
-    except UserError as error:
-        logging.flush()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, command: str = "") -> list[str]:
@@ -115,7 +119,7 @@ def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, com
 
         # ---- the run
         stack.callback(lambda: [signal.signal(number, handler) for number, handler in handlers.items()])
-        session = open_session(settings, workdir, resumed=(workdir / "metrics.jsonl").exists())
+        session = open_session(settings, workdir, resumed=_begun(workdir))
         with session.logger:
             runner.run(session)
         written = write_report(workdir) if session.chief else []
@@ -171,9 +175,9 @@ def claim_workdir(workdir: Path, config: Mapping[str, Mapping[str, Any]], comman
 
 
 def _check_owner(workdir: Path, config: Mapping[str, Mapping[str, Any]], command: str) -> None:
-    """Compares a workdir's config.json with the config, or writes it."""
-    path, now = workdir / "config.json", _comparable(config)
-    if path.exists():
+    """Compares a workdir's config.json with the config, or writes it where nothing has been computed yet."""
+    path, now, begun = workdir / "config.json", _comparable(config), _begun(workdir)
+    if path.exists() and begun:
         stated = read_json(path)
         if not isinstance(stated, dict) or not isinstance(stated.get("config"), dict):
             raise UserError(f"{path}: is not the config of a run; put the file back, or choose another folder")
@@ -185,10 +189,15 @@ def _check_owner(workdir: Path, config: Mapping[str, Mapping[str, Any]], command
                 f"--workdir={workdir}: belongs to another config: {'; '.join(differing[:3])}"
                 f"{f'; and {len(differing) - 3} more' if len(differing) > 3 else ''}. Choose another folder, or run with that config")
         return
-    if any(workdir.glob("stages/*")):
+    if begun:
         raise UserError(f"--workdir={workdir}: holds stages but no config.json; choose an empty folder")
     digest = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()[:16]
     atomic_write_json(path, {"config": config, "hash": digest, "command": command})
+
+
+def _begun(workdir: Path) -> bool:
+    """Whether a workdir holds anything that took time to compute."""
+    return any(workdir.glob("stages/*/*"))
 
 
 def _comparable(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -246,6 +255,10 @@ def _flag_problem(error: Exception, arguments: Sequence[str]) -> str:
     """What is wrong with the flags or the config file, in one sentence."""
     path = _config_name(arguments).partition(":")[0]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    kinds = re.search(r"override field '(\w+)'.*?\. (.*) is of original type <class '([\w.]+)'> .* type <class '([\w.]+)'>", str(error))
+    if kinds:
+        name, value, is_type, must = kinds.groups()
+        return f"{path}: sets the field '{name}' to {value} of the type {is_type}; it must be of the type {must.rpartition('.')[2]}"
     if isinstance(error, flags.Error):
         return re.sub(r"^\w*(Error|Exception): ", "", lines[-1]) if len(lines) > 1 else lines[0]
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(os.path.basename(path or "?"))]

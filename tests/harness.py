@@ -22,7 +22,9 @@ from proglora_jax.training.settings import TrainSettings
 
 # A small and quick version of any method: those of these fields that it has.
 SMALL = dict(rank=4, alpha=8.0, proj_width=8, recall_per_task=6)
-TRAIN = TrainSettings(learning_rate=1e-2, projector_learning_rate=1e-3, schedule="constant", warmup_fraction=0.0, loss_norm="global_token_mean")
+TRAIN = TrainSettings(
+    learning_rate=1e-2, projector_learning_rate=1e-3, schedule="constant", warmup_fraction=0.0, loss_norm="global_token_mean"
+)
 
 
 def small(name: str, **fields) -> Method:
@@ -87,7 +89,8 @@ class Harness:
 
     def info(self, index: int) -> TaskInfo:
         """The task as the method sees it; the similarity to the one before is 0.75, to the one before that 0.5."""
-        return TaskInfo(index, f"task{index}", self.total, self.count, np.float32([0.5, 0.75])[-index:] if index else np.zeros(0, np.float32), self.seed)
+        similarity = np.float32([0.5, 0.75])[2 - index :]
+        return TaskInfo(index, f"task{index}", self.total, self.count, similarity, self.seed)
 
     @functools.cache  # noqa: B019
     def rows(self, task: int):
@@ -139,8 +142,9 @@ class Harness:
             frozen, memory = meshes.put_replicated((frozen, state.memory), self.mesh)
             function = self.step(bool(replay and replay.mix == "separate_batch"))
             for step, batch in zip(range(steps), self.batches(index, replay, salt)):
+                rows, control = meshes.put_batch(batch, self.mesh), self.control(index, step, steps)
                 phase.trainable, phase.optimizer, metrics = function(
-                    phase.trainable, phase.optimizer, frozen, memory, self.llava, meshes.put_batch(batch, self.mesh), self.control(index, step, steps))
+                    phase.trainable, phase.optimizer, frozen, memory, self.llava, rows, control)
                 seen.append(float(metrics["loss"]))
             state = dataclasses.replace(state, params=trees.merge(frozen, phase.trainable))
         return state, seen

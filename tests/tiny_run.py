@@ -95,7 +95,8 @@ def outcome(workdir: Path) -> dict[str, Any]:
         for answers in sorted((folder / "answers").iterdir()):
             found[f"{folder.name}/{answers.name}"] = answers.read_text()
         for scores in sorted((folder / "scores").iterdir()):
-            found[f"{folder.name}/{scores.name}"] = {k: v for k, v in json.loads(scores.read_text()).items() if k not in ("seconds", "sha256")}
+            content = json.loads(scores.read_text())
+            found[f"{folder.name}/{scores.name}"] = {k: v for k, v in content.items() if k not in ("seconds", "sha256")}
     results = json.loads((workdir / "results.json").read_text())
     return found | {name: results[name] for name in ("scoring", "gates", "counts", "tasks")}
 
@@ -137,7 +138,8 @@ class Here:
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Iterator[Here]:
     """Import it into a test file: its runs take the first of the simulated devices, and compile each program once."""
-    options = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0, "jax_disable_most_optimizations": False}
+    options = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0}
+    options |= {"jax_disable_most_optimizations": False}
     compilation_cache.reset_cache()
     jax.config.update("jax_disable_most_optimizations", True)
     make, level = meshes.make_mesh, logging.get_verbosity()

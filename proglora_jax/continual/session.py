@@ -24,6 +24,7 @@ from proglora_jax.data.synthetic.benchmark import write_benchmark
 from proglora_jax.data.tasks import ORDERS, TaskData, load_task, select_subset, task_order
 from proglora_jax.data.templates import get_template
 from proglora_jax.data.tokens import Encoder, Tokenizer, load_tokenizer
+from proglora_jax.evaluation.evaluator import references
 from proglora_jax.methods.base import Method
 from proglora_jax.models.layers import Settings as ModelOptions
 from proglora_jax.models.presets import LlavaConfig
@@ -154,7 +155,7 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
 
         multihost_utils.sync_global_devices("benchmark written")
     files = {task: load_task(data.root, task, data.instruction_set) for task in tasks}
-    _read_records(files, train=settings.method.name != "zero_shot")
+    _read_records(files, settings)
     llava = _load(folder, settings, mesh)
     logger = RunLogger(workdir, settings.run.log_every_steps, settings.run.tensorboard, resumed, chief=jax.process_index() == 0)
     return Session(settings, Path(workdir), mesh, llava, fingerprint(folder), encoder, images, tasks, files, logger, StopSignal().install())
@@ -172,10 +173,13 @@ def _check_folder(folder: str, config: LlavaConfig, tokenizer: Tokenizer, images
             "use the processor that belongs to the model")
 
 
-def _read_records(files: Mapping[str, TaskData], train: bool) -> None:
+def _read_records(files: Mapping[str, TaskData], settings: Settings) -> None:
     """Reads the records of all tasks: damage in the last task's files should show before the first task is trained."""
     for task in files.values():
-        _ = task.questions, task.auxiliary, task.train if train else ()
+        if settings.method.name != "zero_shot":
+            _ = task.train
+        asked = select_subset(task.questions, settings.evaluate.subset_size, settings.evaluate.subset_seed)
+        references(task.task.scorer, asked, task.auxiliary)
 
 
 def _load(folder: str, settings: Settings, mesh: Mesh) -> Any:

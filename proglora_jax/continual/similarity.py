@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ Embedding = Mapping[str, np.ndarray]
 
 
 def task_embedding(session: Session, name: str, rows: EncodedRows, batch_size: int) -> dict[str, np.ndarray]:
-    """Mean embeddings of a task's training rows by the backbone's own encoders.
+    """Mean embeddings of a task's training rows.
 
     Args:
         session: the session.
@@ -37,7 +37,23 @@ def task_embedding(session: Session, name: str, rows: EncodedRows, batch_size: i
     settings = session.settings.similarity
     count = min(len(rows), settings.max_samples)
     chosen = np.sort(named_generator(session.settings.run.seed, "similarity", name).permutation(len(rows))[:count])
-    pool = "class" if settings.pool == "cls" else "mean"
+    embed = ENCODERS[settings.encoders](session)
+    sums = {part: 0.0 for part in PARTS}
+    images = 0
+    for positions, batch in chosen_batches(session, rows, chosen, batch_size):
+        found = embed(session.llava, meshes.put_batch(batch, session.mesh))
+        out = {part: np.asarray(value, np.float64)[: len(positions)] for part, value in found.items()}
+        sums["image"] = sums["image"] + (out["image"] * out["seen"][:, None]).sum(0)
+        images += int(out["seen"].sum())
+        for part in ("instruction", "answer"):
+            sums[part] = sums[part] + out[part].sum(0)
+    counts = {"image": max(images, 1), "instruction": count, "answer": count}
+    return {part: (sums[part] / counts[part]).astype(np.float32) for part in PARTS}
+
+
+def _backbone(session: Session) -> Callable:
+    """(llava, batch) -> features of a batch's rows by the backbone's own vision tower and word embeddings."""
+    pool = "class" if session.settings.similarity.pool == "cls" else "mean"
 
     @jax.jit
     def embed(llava, batch):
@@ -50,17 +66,10 @@ def task_embedding(session: Session, name: str, rows: EncodedRows, batch_size: i
         return {part: meshes.replicate(value, session.mesh) for part, value in parts.items()} | {
             "seen": meshes.replicate(batch["image_mask"], session.mesh)}
 
-    sums = {part: 0.0 for part in PARTS}
-    images = 0
-    for positions, batch in chosen_batches(session, rows, chosen, batch_size):
-        found = embed(session.llava, meshes.put_batch(batch, session.mesh))
-        out = {part: np.asarray(value, np.float64)[: len(positions)] for part, value in found.items()}
-        sums["image"] = sums["image"] + (out["image"] * out["seen"][:, None]).sum(0)
-        images += int(out["seen"].sum())
-        for part in ("instruction", "answer"):
-            sums[part] = sums[part] + out[part].sum(0)
-    counts = {"image": max(images, 1), "instruction": count, "answer": count}
-    return {part: (sums[part] / counts[part]).astype(np.float32) for part in PARTS}
+    return embed
+
+
+ENCODERS = {"backbone": _backbone}
 
 
 def cosine(first: np.ndarray, second: np.ndarray) -> float:

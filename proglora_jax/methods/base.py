@@ -99,8 +99,9 @@ def pooled_delta(name, leaves, context, gates, x, *, scale: float, mix: str, rat
         key = trees.fold_in_name(context["dropout_key"], name)
         x = lowrank.dropout(key, x, rate)
     gates = context if "pool" in context else gates  # a layer that gates itself
-    pool = leaves.get("pool_a", jnp.zeros((x.shape[-1], 0), jnp.float32)), leaves.get("pool_b", jnp.zeros((0, leaves["b"].shape[-1]), jnp.float32))
-    return lowrank.pooled_low_rank(x, *pool, gates["pool"], leaves["a"], leaves["b"], gates["new"], scale, mix)
+    pool_a = leaves.get("pool_a", jnp.zeros((x.shape[-1], 0), jnp.float32))
+    pool_b = leaves.get("pool_b", jnp.zeros((0, leaves["b"].shape[-1]), jnp.float32))
+    return lowrank.pooled_low_rank(x, pool_a, pool_b, gates["pool"], leaves["a"], leaves["b"], gates["new"], scale, mix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,8 @@ class Method:
     def gates(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> PyTree:
         """Gates of a batch: {"pool": f32[B|1, 1, C*r], "new": f32[B|1, 1, r], "blocks": f32[B|1, M]}."""
         del params, memory, inputs
-        return {"pool": jnp.zeros((1, 1, 0), jnp.float32), "new": jnp.ones((1, 1, self.rank), jnp.float32), "blocks": jnp.ones((1, 1), jnp.float32)}
+        ones = jnp.ones((1, 1, self.rank), jnp.float32)
+        return {"pool": jnp.zeros((1, 1, 0), jnp.float32), "new": ones, "blocks": jnp.ones((1, 1), jnp.float32)}
 
     def leaves(self, params: PyTree) -> PyTree:
         """{linear: leaves} of the adapter, scanned with the layers."""

@@ -104,7 +104,8 @@ class Pooled(Method):
         stage = int(state.stage)
         folded = {}
         for name, leaf in self.leaves(state.params).items():
-            gate = np.concatenate([np.repeat(weights[: leaf["pool_a"].shape[-1] // self.rank], self.rank), np.repeat(weights[stage], self.rank)])
+            slots = leaf["pool_a"].shape[-1] // self.rank
+            gate = np.repeat([*weights[:slots], weights[stage]], self.rank)
             a = jnp.concatenate([leaf["pool_a"], leaf["a"]], axis=-1)
             b = jnp.concatenate([leaf["pool_b"], leaf["b"]], axis=1) * (self.scale * gate)[None, :, None]
             if self.fuse == "factor":

@@ -40,6 +40,9 @@ class ProgLoRADynamic(Pooled):
         train_old_keys: whether the keys of earlier blocks go on training.
         gate_bonus: bonus on the newest block's logit while it trains, falling linearly to 0; 0 is the paper.
         gate_bonus_fraction: share of the stage's steps after which the bonus is gone.
+        match_weight: weight of a matching loss, the mean of -log w of the newest block over the current task's samples (without the
+            bonus); 0 is the paper. Without it nothing but the cross-entropy asks the gates for the new block, which a growing
+            block answers as well, while the recall loss pushes its logit down for every sample.
         gate_lr_multiplier: learning rate of query projector and keys over that of the blocks.
         recall_enabled: whether the recall loss is added.
         recall_weight: lambda.
@@ -67,6 +70,7 @@ class ProgLoRADynamic(Pooled):
     train_old_keys: bool = False
     gate_bonus: float = 0.0
     gate_bonus_fraction: float = 0.5
+    match_weight: float = 0.0
     gate_lr_multiplier: float = 1.0
     recall_enabled: bool = True
     recall_weight: float = 2.0
@@ -103,6 +107,9 @@ class ProgLoRADynamic(Pooled):
         require(self.recall_batch >= 0, "recall_batch", self.recall_batch, "must be 0 (all) or a number of samples")
         require(self.key_scale > 0, "key_scale", self.key_scale, "must be positive (1 is the paper)")
         require(self.gate_bonus >= 0, "gate_bonus", self.gate_bonus, "must be >= 0 (0 is the paper)")
+        require(self.match_weight >= 0, "match_weight", self.match_weight, "must be >= 0 (0 is the paper)")
+        require(self.routing_scope == "global" or self.match_weight == 0, "match_weight", self.match_weight,
+                "must be 0 with routing_scope='per_layer'")
         require(self.gate_lr_multiplier >= 0, "gate_lr_multiplier", self.gate_lr_multiplier, "must be >= 0 (1 is the paper)")
         require(self.recall_weight >= 0, "recall_weight", self.recall_weight, "must be >= 0 (2.0 in the paper)")
         require(0 < self.gate_bonus_fraction <= 1, "gate_bonus_fraction", self.gate_bonus_fraction, "must be in (0, 1]")
@@ -185,7 +192,8 @@ class ProgLoRADynamic(Pooled):
         targets = state.memory["targets"]
         for task in range(info.index):
             projector = state.memory["projectors"][f"task_{task:02d}"]
-            logits = self._memory_logits(state.params | {"query_projector": projector}, state.memory["features"][task], jnp.int32(info.index))
+            params = state.params | {"query_projector": projector}
+            logits = self._memory_logits(params, state.memory["features"][task], jnp.int32(info.index))
             targets = targets.at[task].set(gating.block_softmax(logits, jnp.int32(task)))
         return targets
 
@@ -259,9 +267,19 @@ class ProgLoRADynamic(Pooled):
         return layer_routing.attach(adapter, params, self.weights, split)
 
     def extra_loss(self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array):
-        """lambda * KL between the stored gates of old samples and what the router now gives their features."""
-        if not self.recall_enabled:
-            return jnp.float32(0), {}
+        """lambda * KL between the stored gates of old samples and what the router now gives them, and the matching loss by flag."""
+        loss, logged = jnp.float32(0), {}
+        if self.recall_enabled:
+            recall = self._recall(params, memory, inputs, key)
+            loss, logged = loss + self.recall_weight * recall, logged | {"recall": recall}
+        if self.match_weight:
+            newest = jnp.take(self.weights(params, self.route(inputs), inputs.stage), inputs.stage, axis=1)
+            own = inputs.task_id == inputs.stage
+            match = -(jnp.log(jnp.maximum(newest, 1e-9)) * own).sum() / jnp.maximum(own.sum(), 1)
+            loss, logged = loss + self.match_weight * match, logged | {"match": match}
+        return loss, logged
+
+    def _recall(self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array) -> jax.Array:
         features, targets, mask = memory["features"], memory["targets"], memory["mask"]
         if self.recall_batch:
             draw = jax.random.uniform(key, mask.shape) + mask  # counted samples first
@@ -270,14 +288,14 @@ class ProgLoRADynamic(Pooled):
         logits = self._memory_logits(params, features, inputs.stage)
         if self.gates_in_layers:
             mask = jnp.broadcast_to(mask[..., None], logits.shape[:-1])
-        recall = gating.recall_divergence(logits, targets, mask, inputs.stage, self.recall_kl, self.recall_reduction)
-        return self.recall_weight * recall, {"recall": recall}
+        return gating.recall_divergence(logits, targets, mask, inputs.stage, self.recall_kl, self.recall_reduction)
 
     def probe(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> dict[str, jax.Array]:
         """Feature z, query h and gates w of training samples."""
         if self.gates_in_layers:
             z = jnp.moveaxis(inputs.contexts["z"], 0, 1)  # [B, L, D]
-            h = jax.vmap(lambda own, z: gating.query_projector(own, z, self.proj_variant), in_axes=(0, 1), out_axes=1)(params["query_projector"], z)
+            query = lambda own, z: gating.query_projector(own, z, self.proj_variant)
+            h = jax.vmap(query, in_axes=(0, 1), out_axes=1)(params["query_projector"], z)
             return {"z": z, "h": h, "w": jnp.moveaxis(inputs.contexts["blocks"], 0, 1)}
         z = self.route(inputs)
         h = gating.query_projector(params["query_projector"], z, self.proj_variant)

@@ -23,7 +23,8 @@ from proglora_jax.training.base_alignment import Pictures, normalise
 
 LENGTH = 112
 MOST_LABELS = 40
-TEXT_ONLY = 0.15
+# Share of conversations without a picture: many in the first pass, for looking things up is learned from text first.
+TEXT_ONLY, TEXT_FIRST = 0.15, 0.5
 
 
 class Sequences(NamedTuple):
@@ -72,7 +73,9 @@ def encode_turns(tokenizer: Tokenizer, turns: list[tuple[str, str]], patches: in
     return ids, labels
 
 
-def draw_sequences(seed: int, name: str, pictures: Pictures, tokenizer: Tokenizer, patches: int) -> Sequences:
+def draw_sequences(
+    seed: int, name: str, pictures: Pictures, tokenizer: Tokenizer, patches: int, text_only: float = TEXT_ONLY
+) -> Sequences:
     """One conversation for each picture of a pool (some of them without the picture); `name` names the random stream."""
     count = len(pictures.scenes)
     tokens = np.full((count, LENGTH), pieces.PAD, np.int16)
@@ -80,7 +83,7 @@ def draw_sequences(seed: int, name: str, pictures: Pictures, tokenizer: Tokenize
     turn = np.full((count, MOST_LABELS), -1, np.int8)
     for row, scene in enumerate(pictures.scenes):
         rng = named_rng(seed, "turns", name, row)
-        blind = rng.random() < TEXT_ONLY
+        blind = rng.random() < text_only
         ids, found = encode_turns(tokenizer, draw_turns(rng, None if blind else scene, 5), 0 if blind else patches)
         tokens[row, : len(ids)] = ids
         for k, (position, label, number) in enumerate(found):
@@ -148,7 +151,8 @@ def train_language(
     state, start, rng = optimizer.init(trained), time.time(), named_rng(seed, "language")
     for i in range(steps):
         if len(rows_order) < batch:
-            sequences = draw_sequences(seed, f"pass {passes}", pictures, tokenizer, patches)
+            share = TEXT_ONLY if passes else TEXT_FIRST
+            sequences = draw_sequences(seed, f"pass {passes}", pictures, tokenizer, patches, share)
             used = _used_words(sequences, config.text_config.vocab_size) if used is None else used
             rows_order, passes = rng.permutation(len(features)), passes + 1
         rows, rows_order = rows_order[:batch], rows_order[batch:]

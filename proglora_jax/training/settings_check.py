@@ -9,6 +9,7 @@ from typing import Any
 from proglora_jax.core.stack import REMAT_POLICIES
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.plan import GROUPINGS, check_buckets
+from proglora_jax.data.tasks import TASKS
 from proglora_jax.data.templates import INSTRUCTION_SETS, TEMPLATES
 
 SCHEDULES = ("cosine", "constant", "constant_log_warmup")
@@ -51,7 +52,7 @@ def check_settings(settings: Any) -> None:
         (train.learning_rate > 0, "train.learning_rate", train.learning_rate, "must be positive"),
         *((0 <= value < 1, f"train.{name}", value, "must be in [0, 1)") for name, value in
           {"warmup_fraction": train.warmup_fraction, "beta1": train.beta1, "beta2": train.beta2}.items()),
-        (isinstance(train.batch_sizes, Mapping), "train.batch_sizes", train.batch_sizes, "must give a number of rows by task, {} for none"),
+        (_is_table(train.batch_sizes), "train.batch_sizes", train.batch_sizes, "must give a number of rows by task, {} for none"),
         (_is_whole(evaluate.prompt_lengths), "evaluate.prompt_lengths", evaluate.prompt_lengths,
          "must be a list of whole numbers"),
         _one_of("evaluate.image_mode", evaluate.image_mode, ("coin", "pad")),
@@ -77,6 +78,13 @@ def _one_of(field: str, value: str, choices: tuple[str, ...]) -> tuple[bool, str
 
 def _at_least(field: str, value: float, least: int) -> tuple[bool, str, object, str]:
     return value >= least, field, value, f"must be >= {least}"
+
+
+def _is_table(sizes: Any) -> bool:
+    """Whether something gives a batch size >= 1 for each of some tasks; the single stage of multi_task counts as one."""
+    if not isinstance(sizes, Mapping):
+        return False
+    return all(name in (*TASKS, "multi_task") and type(size) is int and size >= 1 for name, size in sizes.items())
 
 
 def _is_whole(values: Any, count: int | None = None) -> bool:

@@ -66,6 +66,9 @@ def batch_losses(
     nll = losses.token_nll(logits, batch["labels"], batch["label_mask"])
     ce = (nll.sum(axis=1) * scale).sum()
     extra, logged = method.extra_loss(params, memory, inputs, trees.fold_in_name(control["key"], "extra"))
+    blocks = gates["blocks"]
+    if blocks.shape[-1] > 1:  # how much of a training sample the newest block gets
+        logged = logged | {"newest_gate": jnp.take(blocks, control["stage"], axis=1).mean()}
     logged = {name: share * value for name, value in logged.items()}
     return ce + share * extra, {"ce": ce} | logged
 

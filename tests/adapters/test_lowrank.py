@@ -47,7 +47,8 @@ def split(args, rank):
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(gate="all"), dict(gate="sample"), dict(gate="token"), dict(gate="sample", pool_gate="all"), dict(gate="all", pool_gate="token"),
+        dict(gate="all"), dict(gate="sample"), dict(gate="token"),
+        dict(gate="sample", pool_gate="all"), dict(gate="all", pool_gate="token"),
         dict(slots=0), dict(slots=1, rank=1), dict(slots=5, rank=3, d_in=11, d_out=2), dict(rows=1, steps=1, d_in=1, d_out=1),
     ],
     ids=str,

@@ -129,8 +129,8 @@ def test_task_embeddings_are_means_over_images_and_words(here, session, embeddin
                 square.paste(picture, ((square.width - picture.width) // 2, (square.height - picture.height) // 2))
                 pixels = session.images.normalise(np.asarray(square.resize((48, 48), Image.Resampling.BICUBIC)))
                 with torch.no_grad():
-                    states = oracle.model.vision_tower(torch.tensor(pixels.transpose(2, 0, 1)[None]), output_hidden_states=True).hidden_states
-                features.append(states[-2][0, 1:].mean(0).numpy())
+                    seen = oracle.model.vision_tower(torch.tensor(pixels.transpose(2, 0, 1)[None]), output_hidden_states=True)
+                features.append(seen.hidden_states[-2][0, 1:].mean(0).numpy())
             encoded = rows.row(number, None)
             for code, found in words.items():
                 found.append(table[encoded.tokens[encoded.segments == code]].mean(0))

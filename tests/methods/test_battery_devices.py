@@ -1,4 +1,4 @@
-"""The battery's checks that compile programs of their own: several devices, half precision."""
+"""The battery's check on a mesh of eight devices, which compiles programs of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,5 @@ from proglora_jax.methods.registry import NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("check", battery.COSTLY_CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_method(name, check):
-    check(name)
+def test_eight_devices_equal_one(name):
+    battery.check_eight_devices_equal_one(name)

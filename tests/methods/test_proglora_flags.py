@@ -110,7 +110,8 @@ def test_the_bonus_lifts_the_newest_block_while_it_trains(third, progress, bonus
 
 
 def test_gates_learn_at_their_own_rate():
-    rates = optim.learning_rates(TrainSettings(learning_rate=1e-3, warmup_fraction=0.0, schedule="constant"), dynamic(gate_lr_multiplier=7.0), 0, 10)
+    settings = TrainSettings(learning_rate=1e-3, warmup_fraction=0.0, schedule="constant")
+    rates = optim.learning_rates(settings, dynamic(gate_lr_multiplier=7.0), 0, 10)
     np.testing.assert_allclose([rates["adapter"], rates["gate"]], [1e-3, 7e-3])
 
 
@@ -243,6 +244,27 @@ def test_fused_factors_have_cross_terms(third, rng):
         expected = [2.0 * sum(power(row, m, n) * (x[row] @ a[m] @ b[n]) for m, n in pairs) for row in range(6)]
         np.testing.assert_allclose(outputs[fuse], expected, rtol=1e-4, atol=1e-5)
     assert np.abs(outputs["delta"] - outputs["factor"]).max() > 0.1
+
+
+def test_dropout_draws_a_mask_for_each_linear_layer_and_step(rng):
+    """While training only; one mask for all blocks of a linear."""
+    method, x = LoRA(rank=2, dropout=0.5), jnp.asarray(rng.standard_normal((2, 3, world.WIDTH)), jnp.float32)
+    params = world.train(method, world.start(method), 0).params
+    gates = method.gates(params, {}, None)
+
+    def output(key, layer, name):
+        adapter = method.adapter(params, gates, key)
+        own = {leaf: value[0] for leaf, value in params["block"]["q_proj"].items()}
+        once = {leaf: value[layer] for leaf, value in adapter.layer.items()}
+        return np.asarray(adapter.delta(name, own, once, gates, x))
+
+    keys = jax.random.split(jax.random.key(0))
+    seen = [output(keys[0], 0, "q_proj"), output(keys[0], 1, "q_proj"), output(keys[0], 0, "k_proj"), output(keys[1], 0, "q_proj")]
+    for index, one in enumerate(seen):
+        assert all(not np.allclose(one, other) for other in seen[:index])
+    np.testing.assert_array_equal(seen[0], output(keys[0], 0, "q_proj"))
+    a, b = (np.asarray(params["block"]["q_proj"][leaf])[0] for leaf in "ab")
+    np.testing.assert_allclose(output(None, 0, "q_proj"), method.scale * x @ a @ b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cls", [LoRA, ProgLoRADynamic, ProgLoRAStatic])

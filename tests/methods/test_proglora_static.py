@@ -91,8 +91,8 @@ def test_replayed_rows_run_through_the_block_that_the_flag_says(rng, block, old)
 
 
 @pytest.mark.parametrize("fields,counts", [
-    ({}, (20, 10)), ({"recall_count": "fixed"}, (40, 40)), ({"recall_count": "random_phi"}, (40, 40)), ({"recall_per_task": 200}, (100, 50)),
-    ({"recall_per_task": 0}, (0, 0))])  # fmt: skip
+    ({}, (20, 10)), ({"recall_count": "fixed"}, (40, 40)), ({"recall_count": "random_phi"}, (40, 40)),
+    ({"recall_per_task": 200}, (100, 50)), ({"recall_per_task": 0}, (0, 0))])  # fmt: skip
 def test_less_similar_tasks_are_replayed_more(fields, counts):
     replay = static(**fields).replay(world.info(2))  # similarities 0.5 and 0.75
     assert (replay.counts, replay.weight, replay.mix) == (counts, 2.0, "concat")
@@ -109,7 +109,8 @@ def test_replay_by_flag():
     assert counts[0] == 200 and counts[-1] == 0 and all(np.diff(counts) < 0)
 
 
-@pytest.mark.parametrize("fields", [{}, {"fuse": "factor"}, {"weights": "ones"}, {"pool_chunk": 1}, {"pool_chunk": 1, "fuse": "factor"}], ids=str)
+@pytest.mark.parametrize("fields", [
+    {}, {"fuse": "factor"}, {"weights": "ones"}, {"pool_chunk": 1}, {"pool_chunk": 1, "fuse": "factor"}], ids=str)  # fmt: skip
 def test_the_folded_adapter_of_a_task_equals_the_method(rng, fields):
     method = static(**fields)
     state = world.stages(method, 3)
@@ -126,7 +127,7 @@ def test_a_restored_state_goes_on_as_before(pool_chunk):
     states = [world.stages(method, count) for count in (1, 2, 3)]
     for index, ended in enumerate(states):
         restored = method.from_disk(world.on_disk(method, states[: index + 1]), world.start(method), index)
-        host = lambda state: trees.digest({"params": jax.tree.map(np.asarray, state.params), "memory": jax.tree.map(np.asarray, state.memory)})
+        host = lambda state: trees.digest(jax.tree.map(np.asarray, {"params": state.params, "memory": state.memory}))
         assert host(restored) == host(ended) and int(restored.stage) == index
         if index < 2:
             assert host(world.begin(method, restored, index + 1)) == host(world.begin(method, ended, index + 1))

@@ -78,7 +78,8 @@ def test_five_steps_are_torchs_adamw_with_groups(rng, decay, clip):
     method = METHODS["proglora_dynamic"]()
     assert {group: method.group(path) for group, path in PATHS.items()} == {group: group for group in PATHS}
     parameters = {group: torch.nn.Parameter(torch.tensor(value)) for group, value in start.items()}
-    theirs = torch.optim.AdamW([{"params": [p], "lr": RATES[g]} for g, p in parameters.items()], betas=(0.8, 0.95), eps=1e-4, weight_decay=decay)
+    groups = [{"params": [parameter], "lr": RATES[group]} for group, parameter in parameters.items()]
+    theirs = torch.optim.AdamW(groups, betas=(0.8, 0.95), eps=1e-4, weight_decay=decay)
     transform, ours = optim.transform(settings), nested(start)
     state = transform.init(ours)
 

@@ -97,19 +97,20 @@ def test_loss_and_gradients_are_those_of_the_whole_sequence(norm, groups):
         np.testing.assert_allclose(after[path], trees.flatten(state.params)[path] - step, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm,size,splits", [("global_token_mean", 8, (1, 4)), ("micro_batch_mean", 4, (1, 2))])
-def test_parts_of_a_batch_add_up_to_the_whole(norm, size, splits):
-    """Under unequal token counts, with rows of other tasks, a row without an answer, and the recall loss."""
-    run, state, mask = prepared("proglora_dynamic")
+@pytest.mark.parametrize("name,norm,size,splits", [
+    ("proglora_dynamic", "global_token_mean", 8, (1, 4)), ("lora", "micro_batch_mean", 4, (1, 2, 8))])  # fmt: skip
+def test_parts_of_a_batch_add_up_to_the_whole(name, norm, size, splits):
+    """Under unequal token counts, with rows of other tasks, a row without an answer, and (where there is one) the recall loss."""
+    run, state, mask = prepared(name)
     rows = batch() | {"weight": np.float32([1, 2, 1, 1, 0.5, 1, 1, 3])}
     whole = None
     for parts in splits:
         train = dataclasses.replace(TRAIN, loss_norm=norm, loss_group_size=size, micro_batches=parts)
         metrics, gradients, _ = one_step(run, state, mask, rows, train=train)
-        assert metrics["recall"] > 0.01
+        assert name == "lora" or metrics["recall"] > 0.01
         whole = whole or (metrics, gradients)
-        for name, value in metrics.items():
-            np.testing.assert_allclose(value, whole[0][name], rtol=1e-5, err_msg=f"{name} in {parts} parts")
+        for metric, value in metrics.items():
+            np.testing.assert_allclose(value, whole[0][metric], rtol=1e-5, err_msg=f"{metric} in {parts} parts")
         for path, gradient in gradients.items():
             np.testing.assert_allclose(gradient, whole[1][path], rtol=1e-4, atol=1e-6, err_msg=f"{path} in {parts} parts")
 

@@ -19,7 +19,7 @@ TRAIN = dataclasses.replace(harness.TRAIN, epsilon=1e-2)  # smooth where gradien
 
 
 @pytest.mark.parametrize("name,fields,compiles", [
-    ("proglora_dynamic", {}, [1, 1, 1]), ("proglora_static", {}, [1, 1, 1]), ("proglora_static", {"pool_chunk": 1}, [1, 2])])  # fmt: skip
+    ("proglora_dynamic", {}, [1, 1, 1]), ("proglora_static", {"pool_chunk": 1}, [1, 2])])  # fmt: skip
 def test_one_program_serves_all_stages_and_donates_what_trains(name, fields, compiles):
     run = harness.Harness(harness.small(name, **fields), backbone="stub", train=TRAIN)
     state, seen = run.initial(), []

@@ -50,10 +50,12 @@ def draw_turns(rng: np.random.Generator, scene: Scene | None, count: int) -> lis
     Returns:
         (question, answer) pairs; fewer than `count` where the picture gives no more.
     """
+    if scene is None and rng.integers(2):
+        return _recall(rng, 2 * count)
     found: dict[str, str] = {}
     for _ in range(8 * count):
         if scene is None:
-            turn = pick(rng, (_definition, _comparison, _copy_option, _copy_option, _kind_option, _kind_option))(rng)
+            turn = pick(rng, (_definition, _comparison, _copy_option, _repeat, _kind_option, _kind_option))(rng)
         elif scene.quality == "useless" or (scene.quality != "sharp" and rng.integers(4) == 0):
             turn = _quality(rng, scene)
         elif rng.integers(4) == 0:
@@ -102,7 +104,9 @@ def zone(scene: Scene, element) -> str:
 
 def _where(rng: np.random.Generator, scene: Scene) -> Turn | None:
     one = _single(rng, scene)
-    return one and (f"Where do you find {the(one)}?", f"It is in the {zone(scene, one)}.")
+    if one is None:
+        return None
+    return _about(rng, f"Where do you find {the(one)}?", the(one), f"is in the {zone(scene, one)}")
 
 
 def _corners(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -112,7 +116,7 @@ def _corners(rng: np.random.Generator, scene: Scene) -> Turn | None:
     x1, y1, x2, y2 = padded_box(one.box, *scene.canvas.size)
     unique_name = any(e is one for e in _unique(scene, "name")) and rng.integers(3) == 0
     name = f"the {one.name}" if unique_name else the(one)
-    return f"Give the corners of {name}.", f"It starts at {x1:.2f}, {y1:.2f} and ends at {x2:.2f}, {y2:.2f}."
+    return _about(rng, f"Give the corners of {name}.", name, f"starts at {x1:.2f}, {y1:.2f} and ends at {x2:.2f}, {y2:.2f}")
 
 
 def _edge(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -122,6 +126,20 @@ def _edge(rng: np.random.Generator, scene: Scene) -> Turn | None:
     i = int(rng.integers(4))
     side = ("left", "top", "right", "bottom")[i]
     return f"Give the {side} edge of {the(one)}.", f"Its {side} edge is at {padded_box(one.box, *scene.canvas.size)[i]:.2f}."
+
+
+def _about(rng: np.random.Generator, question: str, name: str, rest: str) -> Turn:
+    """A turn whose answer names its subject again or, asked to be brief, says `it`: the first is the easier lesson of the two."""
+    return (f"{question} Be brief.", f"It {rest}.") if rng.integers(2) else (question, f"T{name[1:]} {rest}.")
+
+
+def _each(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    things = _unique(scene, "name")
+    if len(things) < 2:
+        return None
+    chosen = pick_several(rng, things, min(3, len(things)))
+    listed = ", ".join(f"the {e.name}" for e in chosen)
+    return f"Tell me about {listed}.", "T" + ", ".join(f"the {e.name} is painted {e.colour}" for e in chosen)[1:] + "."
 
 
 def _relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -152,12 +170,18 @@ def _relation_once(rng: np.random.Generator, scene: Scene) -> Turn | None:
 
 def _colour(rng: np.random.Generator, scene: Scene) -> Turn | None:
     things = _unique(scene, "name")
-    return (f"Tell me how the {(one := pick(rng, things)).name} is painted.", f"It is painted {one.colour}.") if things else None
+    if not things:
+        return None
+    one = pick(rng, things)
+    return _about(rng, f"Tell me how the {one.name} is painted.", f"the {one.name}", f"is painted {one.colour}")
 
 
 def _name(rng: np.random.Generator, scene: Scene) -> Turn | None:
     things = _unique(scene, "colour")
-    return (f"Tell me what is painted {(one := pick(rng, things)).colour}.", f"It is the {one.name}.") if things else None
+    if not things:
+        return None
+    one = pick(rng, things)
+    return _about(rng, f"Tell me what is painted {one.colour}.", f"the {one.colour} one", f"is the {one.name}")
 
 
 def _presence(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -187,7 +211,7 @@ def _sign(rng: np.random.Generator, scene: Scene) -> Turn:
     if rng.integers(4) == 0:
         return "Read both boards.", f"They read {words[0]} and {words[1]}."
     which = ("top", "bottom")[i] if rng.integers(2) else colours[i]
-    return f"Read the {which} board.", f"It reads {words[i]}."
+    return _about(rng, f"Read the {which} board.", f"the {which} board", f"reads {words[i]}")
 
 
 def _object(rng: np.random.Generator, scene: Scene) -> Turn:
@@ -239,7 +263,7 @@ def _thermometers(rng: np.random.Generator, scene: Scene) -> Turn:
 
 _SHAPES = (
     _describe, _where, _where, _corners, _corners, _corners, _corners, _edge, _edge, _relation, _relation, _relation, _relation, _relation,
-    _colour, _colour, _name, _name, _presence, _presence, _count, _count,
+    _colour, _name, _each, _each, _each, _presence, _presence, _count, _count,
 )
 _QUESTIONS = {
     "shapes": _SHAPES, "sign": (_sign,), "object": (_object,), "cover": (_cover,),
@@ -292,6 +316,25 @@ def _definition(rng: np.random.Generator) -> Turn:
     return f"Say what {article(thing)} is.", f"It is {article(kind)}."
 
 
+def _recall(rng: np.random.Generator, count: int) -> list[Turn]:
+    """Lists of choices with several questions about each: words to letters and back."""
+    turns: list[Turn] = []
+    while len(turns) < count:
+        words = pick_several(rng, _WORDS, int(rng.integers(2, 5)))
+        mark = pick(rng, (".", ".", ":", ")"))
+        lines = "\n".join(f"{LETTERS[i]}{mark} {word}" for i, word in enumerate(words))
+        for n, i in enumerate(rng.permutation(len(words))):
+            back = rng.integers(4) == 0
+            question, answer = (f"Name {LETTERS[i]}.", f"It is {words[i]}.") if back else (f"Pick the word {words[i]}.", f"I pick {LETTERS[i]}.")
+            turns.append((question if n else f"{question}\n{lines}", answer))
+    return turns[:count]
+
+
+def _repeat(rng: np.random.Generator) -> Turn:
+    words = " ".join(pick_several(rng, _WORDS, int(rng.integers(6, 11))))
+    return f"Repeat: {words}.", f"{words}."
+
+
 def _comparison(rng: np.random.Generator) -> Turn:
     numbers = [str(v) for v in pick_several(rng, range(10), int(rng.integers(2, 5)))]
     which, best = (("largest", max(numbers)) if rng.integers(2) else ("smallest", min(numbers)))
@@ -300,9 +343,11 @@ def _comparison(rng: np.random.Generator) -> Turn:
     return _listed(rng, f"Pick the {which} number.", best, numbers)
 
 
+_WORDS = (*COLOURS, *SHAPES, *DIRECTIONS, *OBJECTS, *SIGN_WORDS, *(w for kind in KINDS.values() for w in kind), "neither", *"0123456789")
+
+
 def _copy_option(rng: np.random.Generator) -> Turn:
-    words = [*COLOURS, *SHAPES, *DIRECTIONS, *OBJECTS, *SIGN_WORDS, *(w for kind in KINDS.values() for w in kind), "neither", *"0123456789"]
-    right, *wrong = pick_several(rng, words, 4)
+    right, *wrong = pick_several(rng, _WORDS, 4)
     return _listed(rng, f"Pick the word {right}.", right, wrong)
 
 
