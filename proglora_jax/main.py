@@ -182,8 +182,9 @@ def _check_owner(workdir: Path, config: Mapping[str, Mapping[str, Any]], command
         if not isinstance(stated, dict) or not isinstance(stated.get("config"), dict):
             raise UserError(f"{path}: is not the config of a run; put the file back, or choose another folder")
         there = _comparable(stated["config"])
-        differing = [f"config.{name} is {there.get(name)!r} there and {now.get(name)!r} here" for name in sorted(set(there) | set(now))
-                     if there.get(name) != now.get(name)]
+        shown = lambda values, name: repr(values[name]) if name in values else "absent"
+        differing = [f"config.{name} is {shown(there, name)} there and {shown(now, name)} here" for name in sorted(set(there) | set(now))
+                     if shown(there, name) != shown(now, name)]
         if differing:
             raise UserError(
                 f"--workdir={workdir}: belongs to another config: {'; '.join(differing[:3])}"
