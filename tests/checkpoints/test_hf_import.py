@@ -82,7 +82,7 @@ def test_buffers_without_a_use_are_ignored(saved, tmp_path):
         names = [rotary, "model.image_newline", "vision_tower.embeddings.position_ids"]
         return {**tensors, **{name: np.zeros(3, np.float32) for name in names}}
 
-    load_llava(rewrite(saved, tmp_path / "more", change=more), jnp.float32)
+    assert load_llava(rewrite(saved, tmp_path / "more", change=more), jnp.float32).config == read_config(saved)
 
 
 def test_shards_and_bfloat16(saved, tmp_path):

@@ -127,7 +127,7 @@ def test_byte_order_mark_and_lone_surrogates(tmp_path):
     path = tmp_path / "train.json"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps([{"conversations": conversation(("Q \ud800", "A"))}]).encode())
     (example,) = read_examples(str(path), "GQA", str(tmp_path))
-    example.turns[0][0].encode("utf-8")
+    assert example.turns[0][0].encode("utf-8").startswith(b"Q ")
 
 
 def test_questions(tmp_path, root):

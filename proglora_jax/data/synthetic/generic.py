@@ -325,7 +325,9 @@ def _recall(rng: np.random.Generator, count: int) -> list[Turn]:
         lines = "\n".join(f"{LETTERS[i]}{mark} {word}" for i, word in enumerate(words))
         for n, i in enumerate(rng.permutation(len(words))):
             back = rng.integers(4) == 0
-            question, answer = (f"Name {LETTERS[i]}.", f"It is {words[i]}.") if back else (f"Pick the word {words[i]}.", f"I pick {LETTERS[i]}.")
+            question, answer = f"Pick the word {words[i]}.", f"I pick {LETTERS[i]}."
+            if back:
+                question, answer = f"Name {LETTERS[i]}.", f"It is {words[i]}."
             turns.append((question if n else f"{question}\n{lines}", answer))
     return turns[:count]
 
