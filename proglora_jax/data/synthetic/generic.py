@@ -6,15 +6,13 @@ import numpy as np
 
 from proglora_jax.data.synthetic.ask_shapes import RELATIONS, holds, padded_box, the
 from proglora_jax.data.synthetic.canvas import SIDE_PX, degrade
+from proglora_jax.data.synthetic.generic_text import Turn, listed, one_turn, recall
 from proglora_jax.data.synthetic.scenes import (
     Scene, arrow_scene, bars_scene, cover_scene, random_object, random_things, shapes_scene, sign_scene, thermometers_scene,
 )
 from proglora_jax.data.synthetic.words import (
-    COLOURS, DIRECTIONS, KINDS, LABEL_WORDS, LETTERS, OBJECTS, PLURALS, SHAPES, SIGN_WORDS, article, pick, pick_several,
+    AUTHORS, COLOURS, DIRECTIONS, GENRES, LABEL_WORDS, OBJECTS, PLURALS, SHAPES, SIGN_WORDS, article, pick, pick_several,
 )
-
-Turn = tuple[str, str]
-TOPICS = {"History": "the past", "Cooking": "food", "Travel": "places", "Science": "nature", "Sports": "games", "Romance": "love"}
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
@@ -50,15 +48,15 @@ def draw_turns(rng: np.random.Generator, scene: Scene | None, count: int) -> lis
     Returns:
         (question, answer) pairs; fewer than `count` where the picture gives no more.
     """
-    if scene is None and rng.integers(2):
-        return _recall(rng, 2 * count)
+    if scene is None and rng.integers(4) == 0:
+        return recall(rng, 2 * count)
     found: dict[str, str] = {}
     for _ in range(8 * count):
         if scene is None:
-            turn = pick(rng, (_definition, _comparison, _copy_option, _repeat, _kind_option, _kind_option))(rng)
+            turn = one_turn(rng)
         elif scene.quality == "useless" or (scene.quality != "sharp" and rng.integers(4) == 0):
             turn = _quality(rng, scene)
-        elif rng.integers(4) == 0:
+        elif rng.integers(8) == 0:
             turn = _options(rng, scene)
         else:
             turn = pick(rng, _QUESTIONS[scene.kind])(rng, scene)
@@ -194,6 +192,12 @@ def _presence(rng: np.random.Generator, scene: Scene) -> Turn | None:
     return f"Judge this: {article(fake[0])} {fake[1]} is here.", "My verdict is no."
 
 
+def _verdict(rng: np.random.Generator, claim: str, right: str, others: list[str]) -> Turn:
+    """A claim about one word of the picture, to be judged: `claim` has a gap for the word."""
+    word = right if rng.integers(2) else pick(rng, [w for w in others if w != right])
+    return f"Judge this: {claim.format(word)}.", f"My verdict is {'yes' if word == right else 'no'}."
+
+
 def _count(rng: np.random.Generator, scene: Scene) -> Turn:
     if rng.integers(2):
         return "Count everything.", f"I counted {len(scene.elements)} in total."
@@ -204,6 +208,8 @@ def _count(rng: np.random.Generator, scene: Scene) -> Turn:
 def _sign(rng: np.random.Generator, scene: Scene) -> Turn:
     words, colours = scene.facts["words"], scene.facts["colours"]
     i = int(rng.integers(len(words)))
+    if rng.integers(5) == 0:
+        return _verdict(rng, "the board reads {}", words[i], [w for w in SIGN_WORDS + LABEL_WORDS if w not in words])
     if rng.integers(4) == 0:
         return f"Tell me how the board with {words[i]} is painted.", f"It is painted {colours[i]}."
     if len(words) == 1:
@@ -216,7 +222,9 @@ def _sign(rng: np.random.Generator, scene: Scene) -> Turn:
 
 def _object(rng: np.random.Generator, scene: Scene) -> Turn:
     one = scene.elements[0]
-    form = int(rng.integers(4))
+    form = int(rng.integers(5))
+    if form == 4:
+        return _verdict(rng, "the drawing shows {}", article(one.name), [article(name) for name in OBJECTS])
     if form == 0:
         return "Name the drawing.", f"It shows {article(one.name)}."
     if form == 1:
@@ -228,7 +236,11 @@ def _object(rng: np.random.Generator, scene: Scene) -> Turn:
 
 def _cover(rng: np.random.Generator, scene: Scene) -> Turn:
     facts = scene.facts
-    form = int(rng.integers(4))
+    form = int(rng.integers(6))
+    if form == 4:
+        return _verdict(rng, "the cover is painted {}", facts["colour"], [colour for colour, _ in GENRES.values()])
+    if form == 5:
+        return _verdict(rng, "the lowest word of the cover is {}", facts["author"], list(AUTHORS))
     if form == 0:
         return "Read the upper words of the cover.", f"They read {facts['title']}."
     if form == 1:
@@ -262,8 +274,8 @@ def _thermometers(rng: np.random.Generator, scene: Scene) -> Turn:
 
 
 _SHAPES = (
-    _describe, _where, _where, _corners, _corners, _corners, _corners, _edge, _edge, _relation, _relation, _relation, _relation, _relation,
-    _colour, _name, _each, _each, _each, _presence, _presence, _count, _count,
+    _describe, _where, _where, _corners, _corners, _corners, _corners, _corners, _edge, _relation, _relation, _relation, _relation,
+    _colour, _colour, _name, _name, _each, _presence, _presence, _presence, _presence, _count, _count,
 )
 _QUESTIONS = {
     "shapes": _SHAPES, "sign": (_sign,), "object": (_object,), "cover": (_cover,),
@@ -271,88 +283,23 @@ _QUESTIONS = {
 }
 
 
-def _listed(rng: np.random.Generator, task: str, right: str, wrong: list[str]) -> Turn:
-    """A choice among listed words; the answer names a letter in a sentence (`I` first, so that no letter parser finds it)."""
-    wrong = [w for w in wrong if w != right]
-    count = min(len(wrong) + 1, int(pick(rng, (2, 3, 4))))
-    choices = pick_several(rng, [right, *pick_several(rng, wrong, count - 1)], count)
-    mark = pick(rng, (".", ".", ":", ")"))
-    lines = "\n".join(f"{LETTERS[i]}{mark} {choice}" for i, choice in enumerate(choices))
-    letter = LETTERS[choices.index(right)]
-    # Naming the content first teaches the way from content to letter; the short answer then has to take it at once.
-    if rng.integers(2):
-        return f"Explain and {task[0].lower()}{task[1:]}\n{lines}", f"It is {right}, so I pick {letter}."
-    return f"{task}\n{lines}", f"I pick {letter}."
-
-
 def _options(rng: np.random.Generator, scene: Scene) -> Turn | None:
     """A choice about a picture."""
     if scene.kind == "shapes":
         names, colours = _unique(scene, "name"), _unique(scene, "colour")
         if names and rng.integers(2):
-            return _listed(rng, f"Pick how the {(one := pick(rng, names)).name} is painted.", one.colour, list(COLOURS))
-        return _listed(rng, f"Pick what is painted {(one := pick(rng, colours)).colour}.", one.name, list(SHAPES)) if colours else None
+            return listed(rng, f"Pick how the {(one := pick(rng, names)).name} is painted.", one.colour, list(COLOURS))
+        return listed(rng, f"Pick what is painted {(one := pick(rng, colours)).colour}.", one.name, list(SHAPES)) if colours else None
     if scene.kind == "sign":
-        return _listed(rng, "Pick a word that you read.", pick(rng, scene.facts["words"]),
+        return listed(rng, "Pick a word that you read.", pick(rng, scene.facts["words"]),
                        [w for w in SIGN_WORDS + LABEL_WORDS if w not in scene.facts["words"]])
     if scene.kind == "object":
-        return _listed(rng, "Pick what is drawn.", scene.facts["name"], list(OBJECTS))
+        return listed(rng, "Pick what is drawn.", scene.facts["name"], list(OBJECTS))
     if scene.kind == "cover":
-        return _listed(rng, "Pick how the cover is painted.", scene.facts["colour"], list(COLOURS))
+        return listed(rng, "Pick how the cover is painted.", scene.facts["colour"], list(COLOURS))
     if scene.kind == "arrow":
-        return _listed(rng, "Pick where the arrow goes.", scene.facts["direction"], list(DIRECTIONS))
+        return listed(rng, "Pick where the arrow goes.", scene.facts["direction"], list(DIRECTIONS))
     if scene.kind == "bars":
         which = pick(rng, ("tallest", "shortest"))
-        return _listed(rng, f"Pick the {which} bar.", scene.facts[which], scene.facts["colours"])
-    return _listed(rng, "Pick the higher one.", scene.facts["warmer"], ["left", "right", "neither"])
-
-
-def _definition(rng: np.random.Generator) -> Turn:
-    if rng.integers(4) == 0:
-        genre = pick(rng, list(TOPICS))
-        return f"Say what {genre} books are about.", f"{genre} books are about {TOPICS[genre]}."
-    kind = pick(rng, list(KINDS))
-    thing = pick(rng, KINDS[kind])
-    return f"Say what {article(thing)} is.", f"It is {article(kind)}."
-
-
-def _recall(rng: np.random.Generator, count: int) -> list[Turn]:
-    """Lists of choices with several questions about each: words to letters and back."""
-    turns: list[Turn] = []
-    while len(turns) < count:
-        words = pick_several(rng, _WORDS, int(rng.integers(2, 5)))
-        mark = pick(rng, (".", ".", ":", ")"))
-        lines = "\n".join(f"{LETTERS[i]}{mark} {word}" for i, word in enumerate(words))
-        for n, i in enumerate(rng.permutation(len(words))):
-            back = rng.integers(4) == 0
-            question, answer = f"Pick the word {words[i]}.", f"I pick {LETTERS[i]}."
-            if back:
-                question, answer = f"Name {LETTERS[i]}.", f"It is {words[i]}."
-            turns.append((question if n else f"{question}\n{lines}", answer))
-    return turns[:count]
-
-
-def _repeat(rng: np.random.Generator) -> Turn:
-    words = " ".join(pick_several(rng, _WORDS, int(rng.integers(6, 11))))
-    return f"Repeat: {words}.", f"{words}."
-
-
-def _comparison(rng: np.random.Generator) -> Turn:
-    numbers = [str(v) for v in pick_several(rng, range(10), int(rng.integers(2, 5)))]
-    which, best = (("largest", max(numbers)) if rng.integers(2) else ("smallest", min(numbers)))
-    if rng.integers(2):
-        return f"Name the {which} of {', '.join(numbers)}.", f"It is {best}."
-    return _listed(rng, f"Pick the {which} number.", best, numbers)
-
-
-_WORDS = (*COLOURS, *SHAPES, *DIRECTIONS, *OBJECTS, *SIGN_WORDS, *(w for kind in KINDS.values() for w in kind), "neither", *"0123456789")
-
-
-def _copy_option(rng: np.random.Generator) -> Turn:
-    right, *wrong = pick_several(rng, _WORDS, 4)
-    return _listed(rng, f"Pick the word {right}.", right, wrong)
-
-
-def _kind_option(rng: np.random.Generator) -> Turn:
-    kind = pick(rng, list(KINDS))
-    return _listed(rng, f"Pick {article(kind)}.", pick(rng, KINDS[kind]), [pick(rng, KINDS[k]) for k in KINDS if k != kind])
+        return listed(rng, f"Pick the {which} bar.", scene.facts[which], scene.facts["colours"])
+    return listed(rng, "Pick the higher one.", scene.facts["warmer"], ["left", "right", "neither"])
