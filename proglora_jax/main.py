@@ -28,6 +28,8 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config, e.g. configs/coin_mini.py:smoke; override with --config.train.epochs=1.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "Folder of the run; the same folder again goes on where the run stopped. Default: runs/<config>_<method>_seed<seed>.")
+_DISTRIBUTED = flags.DEFINE_boolean(
+    "distributed", False, "A run of several processes that JAX finds by itself, as on Cloud TPU slices and under SLURM or Open MPI.")
 _COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, for runs of several processes.")
 _PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes the run has.")
 _PROCESS = flags.DEFINE_integer("process_id", -1, "Which of them this one is.")
@@ -70,13 +72,34 @@ def _run_flags(config: dict[str, Any]) -> None:
     from proglora_jax.training.loop import Stopped
 
     setup_console()
-    if _PROCESSES.value > 1:
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    _join_processes()
     command = " ".join(shlex.quote(arg) for arg in ["python", "-m", "proglora_jax.main", *sys.argv[1:]])
     try:
         run(config, _WORKDIR.value or default_workdir(sys.argv[1:], config), command)
     except Stopped as stop:
         logging.info("%s; run the same command to go on", stop)
+
+
+def _join_processes() -> None:
+    """Connects the processes of a run of several; nothing to do for a run of one.
+
+    Raises:
+        UserError: for flags that do not fit together, and where JAX cannot tell the other processes.
+    """
+    import jax
+
+    address, count, number = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+    if count > 1 and not (address and 0 <= number < count):
+        raise UserError(f"--num_processes={count}: needs --coordinator_address=host:port and --process_id from 0 to {count - 1}, "
+                        f"got '{address}' and {number}")
+    if count > 1:
+        jax.distributed.initialize(address, count, number)
+    elif _DISTRIBUTED.value:
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise UserError(f"--distributed: JAX finds no other processes here ({str(error).strip().splitlines()[0]}); give "
+                            "--coordinator_address, --num_processes and --process_id instead") from error
 
 
 def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, command: str = "") -> list[str]:
@@ -101,6 +124,7 @@ def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, com
     from proglora_jax.continual import runner
     from proglora_jax.continual.report import write_report
     from proglora_jax.continual.session import open_session
+    from proglora_jax.training.loop import StopSignal
     from proglora_jax.training.settings import from_config
 
     began, workdir = time.monotonic(), Path(workdir)
@@ -111,6 +135,10 @@ def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, com
         stack.enter_context(_disk_errors(workdir))
         stack.enter_context(claim_workdir(workdir, config, command, chief=jax.process_index() == 0))
 
+        # ---- signals: from here on a request to stop is remembered until there is something to save
+        stack.callback(lambda: [signal.signal(number, handler) for number, handler in handlers.items()])
+        stop = StopSignal().install()
+
         # ---- devices
         if settings.run.compilation_cache:
             jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.expanduser(settings.run.compilation_cache)))
@@ -118,8 +146,7 @@ def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, com
         logging.info("workdir %s, %d device(s): %s", workdir, jax.device_count(), jax.devices()[0].device_kind)
 
         # ---- the run
-        stack.callback(lambda: [signal.signal(number, handler) for number, handler in handlers.items()])
-        session = open_session(settings, workdir, resumed=_begun(workdir))
+        session = open_session(settings, workdir, resumed=_begun(workdir), stop=stop)
         with session.logger:
             runner.run(session)
         written = write_report(workdir) if session.chief else []
@@ -245,6 +272,9 @@ def _loaded_config(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags; a mistake in a config or a flag is one sentence, not a stack trace."""
+    if any(arg in ("--help", "-help", "-h", "-?") for arg in argv[1:]):  # absl would exit with 1, as after an error
+        print(f"{__doc__}\n{flags.FLAGS.module_help(sys.modules[main.__module__])}")
+        sys.exit(0)
     try:
         return flags.FLAGS(argv)
     except Exception as error:  # the config file runs here, and may raise anything

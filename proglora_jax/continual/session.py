@@ -128,7 +128,7 @@ def model_folder(path: str) -> str:
     return path
 
 
-def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: bool) -> Session:
+def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: bool, stop: StopSignal | None = None) -> Session:
     """Loads and checks everything that a run needs, cheapest first, so that mistakes show before the model is loaded.
 
     Raises:
@@ -158,7 +158,7 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
     _read_records(files, settings)
     llava = _load(folder, settings, mesh)
     logger = RunLogger(workdir, settings.run.log_every_steps, settings.run.tensorboard, resumed, chief=jax.process_index() == 0)
-    return Session(settings, Path(workdir), mesh, llava, fingerprint(folder), encoder, images, tasks, files, logger, StopSignal().install())
+    return Session(settings, Path(workdir), mesh, llava, fingerprint(folder), encoder, images, tasks, files, logger, stop or StopSignal())
 
 
 def _check_folder(folder: str, config: LlavaConfig, tokenizer: Tokenizer, images: ImageSpec) -> None:

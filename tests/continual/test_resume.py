@@ -194,6 +194,11 @@ def test_kills_at_any_moment_change_no_bit(place, clean):
 def test_stopped_and_damaged_on_the_way(place, clean):
     workdir = place.folder / "stopped" / "run"
     process = place.start(workdir)
+    assert process.signal_when(signal.SIGTERM, seen("config.json"), 0.05)  # before the model is loaded
+    code, text = process.wait()
+    assert code == 0 and "run the same command to go on" in text and "Traceback" not in text
+
+    process = place.start(workdir)
     assert process.signal_when(signal.SIGTERM, step(1, 4))
     code, text = process.wait()
     assert code == 0 and "the progress is saved; run the same command to go on" in text and "Traceback" not in text
