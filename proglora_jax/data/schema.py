@@ -103,6 +103,8 @@ def read_json(path: str) -> object:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise UserError(f"{path}: not valid JSON ({where}); the file is damaged or incomplete, download it again") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path}: not usable JSON ({str(error).split(';')[0]}); the file is damaged, download it again") from error
     except RecursionError as error:
         raise UserError(f"{path}: the JSON is nested too deeply to be a CoIN file; download it again") from error
     except OSError as error:

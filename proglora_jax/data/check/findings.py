@@ -25,7 +25,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "over_long": ("too long", "records longer than the limit", "a run cuts their end off"),
     "unsupervised": ("untaught", "records without a supervised token",
                      "a run leaves them out and counts them, or stops with config.data.on_unsupervised=raise"),
-    "duplicate": ("leaked", "questions that training has seen", "a run trains on them and scores them"),
+    "duplicate": ("leaked", "questions on a picture that training asks too", "a run trains on them and scores them"),
 }
 POLICIES = ("stop", "skip_and_count")
 
@@ -216,7 +216,7 @@ class Findings:
         partial = f"{path}.partial"
         try:
             with open(partial, "w", encoding="utf-8") as file:
-                json.dump(self.to_dict(policy), file, indent=1, ensure_ascii=False)
+                json.dump(self.to_dict(policy), file, indent=1)
                 file.write("\n")
             os.replace(partial, path)
         except OSError as error:

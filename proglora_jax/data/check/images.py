@@ -93,7 +93,11 @@ def look_at_images(paths: Sequence[str], workers: int, tick: Callable[[int], Non
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return [_second_look(path, state) if state.kind == CORRUPT else state for path, state in zip(paths, states)]
+    doubtful = [number for number, state in enumerate(states) if state.kind == CORRUPT]
+    with ThreadPoolExecutor(workers) as pool:
+        for number, state in zip(doubtful, pool.map(_second_look, [paths[i] for i in doubtful], [states[i] for i in doubtful])):
+            states[number] = state
+    return states
 
 
 def _look_at_some(paths: Sequence[str]) -> list[ImageState]:
@@ -106,8 +110,8 @@ def _look_at(path: str) -> ImageState:
         with open(path, "rb") as file:
             content = hashlib.blake2b(file.read(), digest_size=8).digest()
     except (UserError, OSError) as error:
-        kind = CORRUPT if os.path.exists(path) else MISSING
-        return ImageState(kind, str(error), hash(path))
+        missing = isinstance(error.__cause__ or error, FileNotFoundError | NotADirectoryError)
+        return ImageState(MISSING if missing else CORRUPT, str(error), hash(path))
     return ImageState("", "", int.from_bytes(content, "little"), (facts.width, facts.height), _notes(path, facts))
 
 

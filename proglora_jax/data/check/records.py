@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from proglora_jax.data.check.counts import Expected, count_problems
 from proglora_jax.data.check.findings import FileRow, Findings
 from proglora_jax.data.check.images import ImageUses
+from proglora_jax.data.check.progress import progress
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.rows import why_unsupervised
 from proglora_jax.data.scans import Scan
@@ -176,20 +178,24 @@ class RecordChecker:
 
     def _encode(self, scan: Scan, seen: SeenFile, row: FileRow, encode: Callable, judge: Callable) -> None:
         """Encodes all records as training does and judges each."""
-        for start in range(0, len(scan.records), _CHUNK):
-            records = scan.records[start : start + _CHUNK]
-            places = scan.positions[start : start + _CHUNK]
-            try:
-                for item, record, position in zip(encode(records), records, places):
-                    judge(item, seen.path, position, record, row)
-                continue
-            except UserError:  # one record is at fault: find it
-                pass
-            for record, position in zip(records, places):
-                try:
-                    judge(encode([record])[0], seen.path, position, record, row)
-                except UserError as error:
-                    self.findings.add("tokens", seen.path, str(error), position, record.id, stops=True)
+        with progress(f"lengths of {os.path.basename(seen.path)}", len(scan.records), "records") as tick:
+            for start in range(0, len(scan.records), _CHUNK):
+                records = scan.records[start : start + _CHUNK]
+                places = scan.positions[start : start + _CHUNK]
+                for item, record, position in zip(self._encoded(encode, records, places, seen.path), records, places):
+                    if item is not None:
+                        judge(item, seen.path, position, record, row)
+                tick(len(records))
+
+    def _encoded(self, encode: Callable, records: Sequence, places: Sequence[int], path: str) -> list[Encoded | None]:
+        """The records encoded, None for those that cannot be."""
+        try:
+            return encode(records)
+        except UserError as error:
+            if len(records) > 1:  # some record is at fault: find it
+                return [item for record, place in zip(records, places) for item in self._encoded(encode, [record], [place], path)]
+            self.findings.add("tokens", path, str(error), places[0], records[0].id, stops=True)
+            return [None]
 
     def _judge_example(self, item: Encoded, path: str, position: int, example: Example, row: FileRow) -> None:
         row.longest, row.supervised = max(row.longest, len(item.tokens)), max(row.supervised, item.supervised)

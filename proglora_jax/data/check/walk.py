@@ -69,7 +69,7 @@ def check_data(
 
     # ---- what only shows when both are known
     for row, train, questions in walked:
-        _check_together(findings, row, train, questions, states)
+        _check_together(findings, train, questions, states)
         _fill_row(findings, row, train, questions, states)
     return findings
 
@@ -117,12 +117,15 @@ def _report_images(findings: Findings, uses: ImageUses, states: Sequence[ImageSt
             findings.note("images", note, example=path)
 
 
-def _check_together(findings: Findings, row: TaskRow, train: SeenFile, questions: SeenFile, states: Sequence[ImageState]) -> None:
+def _check_together(findings: Findings, train: SeenFile, questions: SeenFile, states: Sequence[ImageState]) -> None:
     contents = [*(state.content for state in states), _NO_PICTURE]
     for index, owner in leaked_questions(train, questions, contents):
-        where = f"{train.path} {record_name(train.positions[owner], train.ids[owner])}"
-        same = "asks what" if questions.images[index] == -1 else "asks of the same picture what"
-        findings.add("duplicate", questions.path, f"{same} {where} asks", questions.positions[index], questions.ids[index])
+        seen = f"{train.path} {record_name(train.positions[owner], train.ids[owner])}"
+        position, id = questions.positions[index], questions.ids[index]
+        if questions.images[index] >= 0:
+            findings.add("duplicate", questions.path, f"asks of the same picture what {seen} asks", position, id)
+        else:  # ScienceQA makes them from patterns, so some are equal by chance
+            findings.note(questions.path, "a text-only question that training has too", example=f"{record_name(position, id)} and {seen}")
     shared = shared_images(train, questions, contents)
     if shared:
         findings.note(questions.path, "a picture that the training file has too, with other questions or the same", shared)
