@@ -42,6 +42,15 @@ def edit(root, task, split, change, instruction_set="Original"):
     return str(path)
 
 
+def set_value(record, key, value):
+    """A change for `edit`."""
+
+    def change(records):
+        records[record][key] = value
+
+    return change
+
+
 def image_path(root, task, split="train", record=0):
     """The file of a record's image."""
     records = json.loads(json_path(root, task, split).read_text(encoding="utf-8"))

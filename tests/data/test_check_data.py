@@ -10,16 +10,28 @@ import shutil
 import sys
 
 import pytest
-from check_fixtures import check, edit, image_path, json_path, only, pristine, root  # noqa: F401 (two are fixtures)
+from check_fixtures import check, edit, image_path, json_path, only, pristine, root, set_value  # noqa: F401 (two are fixtures)
 from data_fixtures import conversation, save_tokenizer, write_json
+from PIL import Image
 
 from proglora_jax import tools
 from proglora_jax.data.check.counts import PUBLISHED, Expected, count_problems, expected_counts
 from proglora_jax.data.check.progress import progress
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.images import MODES, load_image
+from proglora_jax.data.rows import encode_rows
+from proglora_jax.data.schema import TrainRow
 from proglora_jax.data.tasks import TASKS, load_task
+from proglora_jax.data.templates import get_template
+from proglora_jax.data.tokens import Encoder, load_tokenizer
+from proglora_jax.evaluation.evaluator import references
 
 SETS = ("Original", "Diverse", "10Type")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return save_tokenizer(str(tmp_path_factory.mktemp("tokenizer")), style="always")
 
 
 # ---- the embedded benchmark
@@ -34,6 +46,23 @@ def test_the_embedded_benchmark_passes(pristine):
     named = {record.image for task in data.values() for record in (*task.train, *task.questions)} - {None}
     assert findings.images == len(named)
     assert all(row.train.turns == sum(len(example.turns) for example in data[row.task].train) for row in findings.rows[:8])
+
+
+def test_what_passes_loads(root, tokenizer):
+    """Odd but usable data pass the check, and every reader and encoder of training takes them."""
+    turns = conversation(("no placeholder", "a"), ("q", " "), ("unanswered", "x"))
+    edit(root, "TextVQA", "train", set_value(0, "conversations", turns[:-1]))
+    edit(root, "TextVQA", "train", set_value(1, "image", "././" + os.path.relpath(image_path(root, "TextVQA"), root / "cl_dataset")))
+    Image.open(image_path(root, "TextVQA", record=2)).convert("CMYK").save(image_path(root, "TextVQA", record=2), format="TIFF")
+    encoder = Encoder(load_tokenizer(tokenizer), get_template("vicuna_v1"), 4, 400)
+    assert check(root, "TextVQA", encoder=encoder).ok
+    data = load_task(str(root), "TextVQA")
+    rows = encode_rows([TrainRow(example, 0, i) for i, example in enumerate(data.train)], encoder, on_unsupervised="raise")
+    assert len(rows) == 6 and not rows.counts["truncated"]
+    assert not any(item.truncated for item in encoder.encode_questions(data.questions))
+    assert len(references("textvqa", data.questions, data.auxiliary)) == 4
+    for mode in MODES:
+        assert all(load_image(record.image, 16, mode=mode).shape == (16, 16, 3) for record in (*data.train, *data.questions))
 
 
 def test_workers_change_nothing(root):
@@ -61,13 +90,6 @@ def test_files_that_cannot_be_read(root):
         assert words in sentences
     rows = {row.task: row.problems["file"] for row in findings.rows}
     assert rows == {"ScienceQA": 2, "TextVQA": 1, "ImageNet": 1, "GQA": 1, "VizWiz": 1, "Grounding": 0, "VQAv2": 1, "OCRVQA": 0}
-
-
-def set_value(record, key, value):
-    def change(records):
-        records[record][key] = value
-
-    return change
 
 
 @pytest.mark.parametrize(
@@ -217,11 +239,6 @@ def test_equal_text_only_questions_are_a_remark(root):
 
 
 # ---- lengths
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return save_tokenizer(str(tmp_path_factory.mktemp("tokenizer")), style="always")
 
 
 def run(capsys, *arguments):
