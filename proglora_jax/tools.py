@@ -1,4 +1,4 @@
-"""Verbs for people: report, compare, make-benchmark, make-base (python -m proglora_jax.tools VERB --help)."""
+"""Verbs for people: report, compare, check-data, make-benchmark, make-base (python -m proglora_jax.tools VERB --help)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        Exit status: 0, or 1 after an error of the user's, whose sentence is printed.
+        Exit status: 0, or 1 after an error of the user's, whose sentence is printed, and where check-data finds something wrong.
     """
     parser = argparse.ArgumentParser(prog="python -m proglora_jax.tools", description="Tools around proglora_jax.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for add in (_add_report, _add_compare, _add_make_benchmark, _add_make_base):
+    for add in (_add_report, _add_compare, _add_check_data, _add_make_benchmark, _add_make_base):
         add(verbs)
     arguments = parser.parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def entry() -> None:
@@ -66,6 +65,65 @@ def _compare(arguments) -> None:
     named = [item.partition("=") if "=" in item else ("", "", item) for item in arguments.workdirs]
     labels = [label for label, _, _ in named] if any(label for label, _, _ in named) else None
     print(compare_runs([folder for _, _, folder in named], labels))
+
+
+def _add_check_data(verbs) -> None:
+    parser = _verb(verbs, "check-data", "Walk a data root before a run: records, images, counts, lengths, leaks.", _check_data)
+    parser.add_argument("root", help="data root; holds playground/ and cl_dataset/")
+    parser.add_argument("--tasks", default="coin", help="a named order, or task names with commas between")
+    parser.add_argument("--instruction-set", default="Original", help="Original, Diverse, 10Type, several with commas between, or all")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", help="Hugging Face LLaVA folder, or 'embedded': checks lengths with its tokenizer and image size")
+    source.add_argument("--tokenizer", help="folder of a tokenizer: checks lengths with it")
+    parser.add_argument("--image-tokens", type=int, default=576, help="positions of an image, with --tokenizer (LLaVA-1.5: 576)")
+    parser.add_argument("--template", default="vicuna_v1", help="conversation template")
+    parser.add_argument("--max-length", type=int, default=2048, help="positions of a record, image included")
+    parser.add_argument("--policy", choices=("stop", "skip_and_count"), default="stop",
+                        help="exit status where something is wrong: 1, or 0 after counting it")
+    parser.add_argument("--counts", choices=("published", "any"), default="published",
+                        help="compare record counts with the published files, or accept any (for a set of your own)")
+    parser.add_argument("--workers", type=int, default=0, help="threads that decode images; 0 for one per core")
+    parser.add_argument("--show", type=int, default=10, help="problems spelled out per kind; the JSON file has them all")
+    parser.add_argument("--json", metavar="FILE", help="write everything that was found to this file")
+
+
+def _check_data(arguments) -> int:
+    from proglora_jax.data.check import check_data
+    from proglora_jax.data.tasks import ORDERS
+    from proglora_jax.data.templates import INSTRUCTION_SETS
+    from proglora_jax.evaluation.evaluator import reference_problems
+
+    sets = INSTRUCTION_SETS if arguments.instruction_set == "all" else _names(arguments.instruction_set)
+    tasks = arguments.tasks if arguments.tasks in ORDERS else _names(arguments.tasks)
+    findings = check_data(
+        arguments.root, tasks, sets, encoder=_encoder(arguments), references=reference_problems, counts=arguments.counts,
+        workers=arguments.workers)
+    if arguments.json:
+        findings.write_json(arguments.json, arguments.policy)
+    for line in findings.lines(arguments.policy, arguments.show):
+        print(line)
+    return findings.exit_status(arguments.policy)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _encoder(arguments):
+    """The encoder that check-data measures lengths with, or None where neither a model nor a tokenizer is named."""
+    from proglora_jax.data.templates import get_template
+    from proglora_jax.data.tokens import Encoder, load_tokenizer
+
+    folder, patches, vocab_size = arguments.tokenizer, arguments.image_tokens, 0
+    if arguments.model:
+        from proglora_jax.checkpoints.hf_import import read_config
+        from proglora_jax.continual.session import model_folder
+
+        folder = model_folder(arguments.model)
+        config = read_config(folder)
+        patches, vocab_size = config.image_tokens, config.text_config.vocab_size
+    template = get_template(arguments.template)
+    return Encoder(load_tokenizer(folder, vocab_size), template, patches, arguments.max_length) if folder else None
 
 
 def _add_make_benchmark(verbs) -> None:

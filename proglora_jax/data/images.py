@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from absl import logging
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 from proglora_jax.data.errors import UserError
+
+T = TypeVar("T")
 
 # Pillow has no per-call switch. Published archives hold cut-off files; CoIN trains on what could be decoded of them.
 ImageFile.LOAD_TRUNCATED_IMAGES = True
@@ -187,9 +191,47 @@ def open_rgb(path: str) -> Image.Image:
     Raises:
         UserError: "<path>: no such image ...", "<path>: cannot be read as an image (...)", "<path>: has too many pixels ..."
     """
+    return _opened(path, _to_rgb)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What an image file turned out to hold.
+
+    Attributes:
+        width, height: pixels.
+        format: kind told from the content, e.g. "JPEG".
+        mode: how pixels are stored, in Pillow's words, e.g. "RGB", "CMYK", "I;16".
+        rotated: whether its EXIF data ask for a rotation (which is not applied).
+    """
+
+    width: int
+    height: int
+    format: str
+    mode: str
+    rotated: bool
+
+
+def inspect_image(path: str) -> ImageFacts:
+    """Decodes a whole image as `open_rgb` does and says what it was; errors as `open_rgb`."""
+    return _opened(path, _facts)
+
+
+@contextlib.contextmanager
+def strict_decoding() -> Iterator[None]:
+    """Inside, files that are cut off are errors for all threads; outside, what can be decoded of them is used."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def _opened(path: str, read: Callable[[Image.Image], T]) -> T:
+    """`read(image)` of a file, with a sentence for whatever fails."""
     try:
         with Image.open(path) as image:
-            return _to_rgb(image)
+            return read(image)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such image; check config.data.root, download it, or set config.data.on_bad_image=blank.") from error
     except Image.DecompressionBombError as error:
@@ -198,6 +240,15 @@ def open_rgb(path: str) -> Image.Image:
         reason = type(error).__name__ if isinstance(error, Image.UnidentifiedImageError) else str(error).split("\n")[0][:120]
         advice = "download it again, or set config.data.on_bad_image=blank."
         raise UserError(f"{path}: cannot be read as an image ({reason}); {advice}") from error
+
+
+def _facts(image: Image.Image) -> ImageFacts:
+    kind, mode = image.format or "", image.mode
+    width, height = _to_rgb(image).size
+    rotated = False
+    with contextlib.suppress(Exception):  # EXIF data are never needed, and may be damaged in any way
+        rotated = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageFacts(width, height, kind, mode, rotated)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -101,8 +101,7 @@ def encode_rows(rows: Sequence[TrainRow], encoder: Encoder, on_unsupervised: str
                 encoded.append(_compact(item, encoder))
                 continue
             counts["unsupervised"] += 1
-            reason = f"no answer left within {encoder.max_length} positions" if item.truncated else "no answer that is not empty"
-            problems.append(f"{row.example.task} record {row.example.id}: {reason}")
+            problems.append(f"{row.example.task} record {row.example.id}: {why_unsupervised(item, encoder)}")
     if on_unsupervised == "raise":
         raise_collected(problems, "training rows", "Repair them, raise config.data.max_length, or set config.data.on_unsupervised=drop.")
     if not kept:
@@ -114,6 +113,11 @@ def encode_rows(rows: Sequence[TrainRow], encoder: Encoder, on_unsupervised: str
         if count:
             logging.warning("Of %d training rows, %s: %d.", len(rows), name.replace("_", " "), count)
     return _pack(kept, encoded, encoder, counts)
+
+
+def why_unsupervised(item: Encoded, encoder: Encoder) -> str:
+    """Why a record has no supervised token."""
+    return f"no answer left within {encoder.max_length} positions" if item.truncated else "no answer that is not empty"
 
 
 def _compact(item: Encoded, encoder: Encoder) -> Encoded:

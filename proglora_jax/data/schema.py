@@ -8,10 +8,12 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from absl import logging
 
 from proglora_jax.data.errors import UserError, raise_collected
+from proglora_jax.data.scans import BadRecord, Scan
 
 IMAGE_PLACEHOLDER = "<image>"
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
@@ -61,6 +63,9 @@ class Question:
     extra: Mapping[str, object] = field(default_factory=dict)
 
 
+Record = TypeVar("Record", Example, Question)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainRow:
     """One row of a training set: an example, where it came from and how much its loss counts.
@@ -76,6 +81,10 @@ class TrainRow:
     task_id: int
     index: int
     weight: float = 1.0
+
+
+class BoxError(ValueError):
+    """A reference box that is not four numbers between 0 and 1."""
 
 
 def read_json(path: str) -> object:
@@ -94,6 +103,8 @@ def read_json(path: str) -> object:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}: {error.msg}"
         raise UserError(f"{path}: not valid JSON ({where}); the file is damaged or incomplete, download it again") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path}: not usable JSON ({str(error).split(';')[0]}); the file is damaged, download it again") from error
     except RecursionError as error:
         raise UserError(f"{path}: the JSON is nested too deeply to be a CoIN file; download it again") from error
     except OSError as error:
@@ -116,16 +127,30 @@ def read_examples(path: str, task: str, image_root: str, image_aliases: Mapping[
     Raises:
         UserError: "<path>: N problem(s): record 3 (id 17): no 'conversations' list; ..."
     """
-    return _read(path, image_root, image_aliases, lambda *args: _example(*args, task=task))
+    return _all_good(path, scan_examples(path, task, image_root, image_aliases))
 
 
 def read_questions(path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None) -> list[Question]:
     """Reads an evaluation file; arguments and errors as for `read_examples`. Repeated ids are kept, in order, and logged."""
-    questions = _read(path, image_root, image_aliases, lambda *args: _question(*args, task=task))
+    questions = _all_good(path, scan_questions(path, task, image_root, image_aliases))
     repeated = len(questions) - len({question.id for question in questions})
     if repeated:
         logging.warning("%s: %d question ids occur more than once; order is kept and every question is scored.", path, repeated)
     return questions
+
+
+def scan_examples(path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None) -> Scan[Example]:
+    """As `read_examples`, but records that cannot be read are listed, and nothing is logged.
+
+    Raises:
+        UserError: for a file that is no list of records.
+    """
+    return _scan(path, image_root, image_aliases, lambda *args: _example(*args, task=task))
+
+
+def scan_questions(path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None) -> Scan[Question]:
+    """As `read_questions`, but records that cannot be read are listed, and nothing is logged; errors as `scan_examples`."""
+    return _scan(path, image_root, image_aliases, lambda *args: _question(*args, task=task))
 
 
 def normalise_image_path(value: str, image_root: str, image_aliases: Mapping[str, str] | None = None) -> str:
@@ -155,46 +180,52 @@ def parse_box(value: object) -> tuple[float, float, float, float]:
     """Reference box from `"[x1, y1, x2, y2]"` or a list of four numbers.
 
     Raises:
-        ValueError: "box '[0.1, nan, 0.2, 0.3]' must be four numbers between 0 and 1"; the reader adds file and record.
+        BoxError: "box '[0.1, nan, 0.2, 0.3]' must be four numbers between 0 and 1"; the reader adds file and record.
     """
     parts = value.strip().strip("[]()").split(",") if isinstance(value, str) else value
     message = f"box {value!r} must be four numbers between 0 and 1"
     if not isinstance(parts, (list, tuple)) or len(parts) != 4:
-        raise ValueError(message)
+        raise BoxError(message)
     try:
         box = tuple(float(part) for part in parts)
     except (TypeError, ValueError) as error:
-        raise ValueError(message) from error
+        raise BoxError(message) from error
     # Two-decimal rounding in the source may put a corner a hair outside the square.
     if not all(math.isfinite(corner) and -1e-3 <= corner <= 1 + 1e-3 for corner in box):
-        raise ValueError(message)
+        raise BoxError(message)
     return box
 
 
-def _read(path, image_root, image_aliases, parse) -> list:
-    """Applies `parse(record, position, place_image, notes)` to every record and raises once for all that fail."""
+def _scan(path, image_root, image_aliases, parse) -> Scan:
+    """Applies `parse(record, position, image, notes)` to every record of the file."""
     records = read_json(path)
     if not isinstance(records, list):
         raise UserError(f"{path}: the file must hold a JSON list of records, not {type(records).__name__}")
     if not records:
         raise UserError(f"{path}: the file holds no records; download it again or remove the task from the config")
-    parsed, problems, notes = [], [], Counter()
+    scan = Scan([], [], [], Counter())
     for position, record in enumerate(records):
         try:
             if not isinstance(record, dict):
                 raise ValueError(f"must be a JSON object, not {type(record).__name__}")
-            parsed.append(parse(record, position, _image_of(record, image_root, image_aliases), notes))
+            scan.records.append(parse(record, position, _image_of(record, image_root, image_aliases), scan.notes))
+            scan.positions.append(position)
         except ValueError as error:
-            problems.append(f"record {position}{_id_note(record)}: {error}")
-    raise_collected(problems, path, "Repair or remove these records, or download the file again.")
-    for note, count in sorted(notes.items()):
+            scan.bad.append(BadRecord(position, _id_of(record), str(error), isinstance(error, BoxError)))
+    return scan
+
+
+def _all_good(path: str, scan: Scan) -> list:
+    """The records of a file without damage; repairs are logged."""
+    raise_collected([str(bad) for bad in scan.bad], path, "Repair or remove these records, or download the file again.")
+    for note, count in sorted(scan.notes.items()):
         logging.warning("%s: %d records: %s.", path, count, note)
-    return parsed
+    return scan.records
 
 
-def _id_note(record: object) -> str:
+def _id_of(record: object) -> str:
     value = record.get("question_id", record.get("id")) if isinstance(record, dict) else None
-    return "" if value is None else f" (id {value})"
+    return "" if value is None else _clean(str(value))
 
 
 def _record_id(record: Mapping, position: int, first: str, second: str) -> str:

@@ -8,12 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 from proglora_jax.data.errors import UserError
-from proglora_jax.data.schema import Example, Question, read_examples, read_json, read_questions
-
-Record = TypeVar("Record", Example, Question)
+from proglora_jax.data.scans import Scan
+from proglora_jax.data.schema import Example, Question, Record, read_examples, read_json, read_questions, scan_examples, scan_questions
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +136,22 @@ class TaskData:
         """Evaluation questions in file order. Raises: UserError as `read_questions` does."""
         return read_questions(self.path(self.task.eval_file), self.task.name, self.image_root, self._image_aliases())
 
+    def scan_train(self) -> Scan[Example]:
+        """The training file with its damage listed. Raises: UserError as `scan_examples` does."""
+        return scan_examples(self.path("train.json"), self.task.name, self.image_root, self._image_aliases())
+
+    def scan_questions(self) -> Scan[Question]:
+        """The evaluation file with its damage listed. Raises: UserError as `scan_questions` does."""
+        return scan_questions(self.path(self.task.eval_file), self.task.name, self.image_root, self._image_aliases())
+
     @cached_property
     def auxiliary(self) -> dict[str, object]:
         """Parsed auxiliary files by key. Raises: UserError as `load_auxiliary` does."""
         return _read_auxiliary(self.task, self.image_root)
+
+    def auxiliary_paths(self) -> dict[str, str]:
+        """Where the auxiliary files are expected, by key."""
+        return {key: os.path.join(self.image_root, relative) for key, relative in self.task.auxiliary}
 
     def _image_aliases(self) -> dict[str, str]:
         usual = self.task.image_dir
@@ -193,13 +203,15 @@ def load_auxiliary(root: str, task: str) -> dict[str, object]:
 
 
 def _read_auxiliary(task: Task, image_root: str) -> dict[str, object]:
-    contents = {}
-    for key, relative in task.auxiliary:
-        path = os.path.join(image_root, relative)
-        contents[key] = read_json(path)
-        if not isinstance(contents[key], dict):
-            raise UserError(f"{path}: must hold a JSON object, not {type(contents[key]).__name__}; download the file again")
-    return contents
+    return {key: read_auxiliary_file(os.path.join(image_root, relative)) for key, relative in task.auxiliary}
+
+
+def read_auxiliary_file(path: str) -> dict:
+    """The JSON object of one auxiliary file. Raises: UserError as `load_auxiliary` does."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a JSON object, not {type(content).__name__}; download the file again")
+    return content
 
 
 def _image_root(root: str) -> str:

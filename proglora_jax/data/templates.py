@@ -225,9 +225,12 @@ def with_instruction(question: str, instruction: str, task: str) -> str:
 
 def replace_instruction(text: str, instruction: str, task: str) -> str:
     """Puts another instruction into a prompt text: its last line, or for Grounding what stands before the first `: `."""
-    if task == "Grounding":
-        return with_instruction(text.partition(": ")[2] or text, instruction, task)
-    return with_instruction(text.rpartition("\n")[0] or text, instruction, task)
+    return with_instruction(bare_question(text, task), instruction, task)
+
+
+def bare_question(text: str, task: str) -> str:
+    """A prompt text without its instruction; a text that has none is returned as it is."""
+    return (text.partition(": ")[2] if task == "Grounding" else text.rpartition("\n")[0]) or text
 
 
 def re_template(record: Example | Question, instruction_set: str, seed: int) -> Example | Question:

@@ -9,6 +9,13 @@ from proglora_jax.data.errors import UserError, raise_collected
 from proglora_jax.data.schema import Question
 from proglora_jax.evaluation import scores
 
+# What reading an auxiliary file of another form than CoIN's raises.
+_WRONG_FORM = (KeyError, TypeError, AttributeError)
+
+
+class _Unknown(ValueError):
+    """A question that an auxiliary file does not know."""
+
 
 def references(scorer: str, questions: Sequence[Question], auxiliary: Mapping[str, Any]) -> list[scores.Reference]:
     """What each question's answer is compared with.
@@ -21,16 +28,41 @@ def references(scorer: str, questions: Sequence[Question], auxiliary: Mapping[st
     Raises:
         UserError: "<scorer> references: <n> problem(s): question <id> is not in ..." for questions that the files do not know.
     """
+    made, problems = _made(scorer, questions, auxiliary)
+    listed = [f"question {questions[index].id}: {reason}" for index, reason in problems]
+    raise_collected(listed, f"{scorer} references", "Check that the evaluation file and the auxiliary files belong together.")
+    return [reference for reference in made if reference is not None]
+
+
+def reference_problems(scorer: str, questions: Sequence[Question], auxiliary: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """Questions that could not be scored, as (index, reason): unknown to the auxiliary files, or without what the scorer needs.
+
+    Args: as for `references`.
+
+    Raises:
+        UserError: "<scorer> references: the auxiliary files have another form ..."
+    """
+    made, problems = _made(scorer, questions, auxiliary)
+    checked = ((i, scores.reference_problem(scorer, reference)) for i, reference in enumerate(made) if reference is not None)
+    return sorted(problems + [(i, reason) for i, reason in checked if reason])
+
+
+def _made(scorer, questions, auxiliary) -> tuple[list[scores.Reference | None], list[tuple[int, str]]]:
+    """The reference of every question, None for those that are listed as (index, reason)."""
     makers = {"scienceqa": _scienceqa, "textvqa": _textvqa, "gqa": _gqa}
-    make = makers.get(scorer, lambda auxiliary: _plain)(auxiliary)
+    try:
+        make = makers.get(scorer, lambda auxiliary: _plain)(auxiliary)
+    except _WRONG_FORM as error:
+        raise UserError(f"{scorer} references: the auxiliary files have another form than CoIN's; download them again") from error
     made, problems = [], []
-    for question in questions:
+    for index, question in enumerate(questions):
         try:
             made.append(make(question))
-        except KeyError as missing:
-            problems.append(f"question {question.id}: {missing.args[0]}")
-    raise_collected(problems, f"{scorer} references", "Check that the evaluation file and the auxiliary files belong together.")
-    return made
+        except (_Unknown, *_WRONG_FORM) as error:
+            made.append(None)
+            reason = str(error) if isinstance(error, _Unknown) else "its entry in the auxiliary file lacks fields or has others"
+            problems.append((index, reason))
+    return made, problems
 
 
 def score_answers(
@@ -77,7 +109,7 @@ def _scienceqa(auxiliary: Mapping[str, Any]):
 
     def make(question: Question) -> scores.Reference:
         if question.id not in problems:
-            raise KeyError("its id is not in problems.json")
+            raise _Unknown("its id is not in problems.json")
         problem = problems[question.id]
         return scores.Reference(question.id, str(problem["answer"]), choices=len(problem["choices"]))
 
@@ -93,7 +125,7 @@ def _textvqa(auxiliary: Mapping[str, Any]):
     def make(question: Question) -> scores.Reference:
         entry = by_text.get((question.id, question.text.split("\n")[0].strip().lower())) or by_id.get(question.id)
         if entry is None:
-            raise KeyError("neither its id nor its image and text are in TextVQA_0.5.1_val.json")
+            raise _Unknown("neither its id nor its image and text are in TextVQA_0.5.1_val.json")
         return scores.Reference(question.id, question.answer, answers=tuple(str(answer) for answer in entry["answers"]))
 
     return make
@@ -104,7 +136,7 @@ def _gqa(auxiliary: Mapping[str, Any]):
 
     def make(question: Question) -> scores.Reference:
         if question.id not in known:
-            raise KeyError("its id is not in testdev_balanced_questions.json")
+            raise _Unknown("its id is not in testdev_balanced_questions.json")
         entry = known[question.id]
         return scores.Reference(question.id, str(entry["answer"]), balanced=bool(entry.get("isBalanced", True)))
 

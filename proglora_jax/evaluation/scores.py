@@ -284,11 +284,12 @@ def _check_references(task: str, references: Sequence[Reference]) -> None:
     """Raises for references that lack what the task's scorer compares with."""
     if not references:
         raise UserError(f"references of {task}: there are none; check the evaluation file and config.evaluate.subset_size")
-    problems = [f"question_id {r.question_id}: {why}" for r in references if (why := _reference_problem(task, r))]
+    problems = [f"question_id {r.question_id}: {why}" for r in references if (why := reference_problem(task, r))]
     raise_collected(problems, f"references of {task}", "Check the evaluation file and the auxiliary files of the task.")
 
 
-def _reference_problem(task: str, reference: Reference) -> str | None:
+def reference_problem(task: str, reference: Reference) -> str | None:
+    """Why a task's scorer cannot use a reference; None if it can."""
     if task == "textvqa" and len(reference.answers or ()) != textvqa.REFERENCES_PER_QUESTION:
         return f"{len(reference.answers or ())} answers, 10 are needed"
     if task == "grounding":

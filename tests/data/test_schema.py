@@ -106,6 +106,7 @@ def test_damaged_records_are_collected(tmp_path, root):
         (b"[]", "holds no records"),
         (b"", "not valid JSON"),
         (b"[" * 100000, "JSON"),
+        (b"[" + b"9" * 5000 + b"]", "not usable JSON"),
     ],
 )
 def test_damaged_files(tmp_path, content, sentence):
