@@ -3,7 +3,8 @@
     python benchmarks/coin_mini.py --set headline --seeds 0 1 2
     python benchmarks/coin_mini.py --set gates --seeds 0 1 2 --jobs 2
 
-Each run is the project's main job in a process of its own, under runs/benchmark/; a run that is finished is not repeated.
+Each run is the project's main job in a process of its own, under runs/benchmark/; a run that is finished is not repeated, and results
+of other seeds and variants that an earlier call wrote for the same base model stay in the tables.
 The results go to benchmarks/results/coin_mini_<set>.md (the table) and coin_mini_<set>.json (every number behind it).
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import hashlib
 import json
 import os
 import statistics
@@ -49,11 +51,29 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each when more than one")
     parser.add_argument("--variants", nargs="+", help="only these variants of the set")
     arguments = parser.parse_args()
-    variants = {name: value for name, value in SETS[arguments.set].items() if not arguments.variants or name in arguments.variants}
+    whole = SETS[arguments.set]
+    variants = {name: value for name, value in whole.items() if not arguments.variants or name in arguments.variants}
     jobs = [(name, *variants[name], seed) for seed in arguments.seeds for name in variants]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        records = list(pool.map(lambda job: run(*job, threads=0 if arguments.jobs == 1 else 1), jobs))
-    write(arguments.set, records)
+        started = [pool.submit(run, *job, threads=0 if arguments.jobs == 1 else 1) for job in jobs]
+        records = kept(arguments.set, jobs)
+        for done in concurrent.futures.as_completed(started):
+            records.append(done.result())
+            table = write(arguments.set, sorted(records, key=lambda r: ([*whole].index(r["variant"]), r["seed"])))
+    print(table)
+
+
+def base_model() -> str:
+    """Short hash of the weights that every run starts from."""
+    return hashlib.sha256((ROOT / "proglora_jax/assets/coin_mini_base/model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def kept(name: str, jobs: list[tuple]) -> list[dict]:
+    """Records of earlier calls that this one does not replace."""
+    path = ROOT / "benchmarks" / "results" / f"coin_mini_{name}.json"
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    asked = {(variant, seed) for variant, *_, seed in jobs}
+    return [r for r in earlier if (r["variant"], r["seed"]) not in asked and r["variant"] in SETS[name] and r["base_model"] == base_model()]
 
 
 def run(variant: str, method: str, overrides: dict[str, float], seed: int, threads: int) -> dict:
@@ -71,7 +91,8 @@ def run(variant: str, method: str, overrides: dict[str, float], seed: int, threa
         subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
     print(f"{variant}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
     record = json.loads((workdir / "results.json").read_text())
-    return {"variant": variant, "arguments": [os.path.basename(part) if part == str(workdir) else part for part in command[1:]], **record}
+    command[-1] = str(workdir.relative_to(ROOT))
+    return record | {"variant": variant, "base_model": base_model(), "command": " ".join(["python", *command[1:]])}
 
 
 def summary(record: dict) -> dict[str, float]:
@@ -89,19 +110,21 @@ def summary(record: dict) -> dict[str, float]:
     }
 
 
-def write(name: str, records: list[dict]) -> None:
-    """Writes the table and the numbers of a set."""
+def write(name: str, records: list[dict]) -> str:
+    """Writes the table and the numbers of a set, and returns the table."""
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"coin_mini_{name}.json").write_text(json.dumps(records, indent=1) + "\n")
     lines = [f"# coin_mini: {name}", "", f"`python benchmarks/coin_mini.py --set {name} --seeds {' '.join(sorted({str(r['seed']) for r in records}))}`", "",
-             "Means over seeds (each seed's value in brackets), accuracies in %, 200 questions a task.", ""]
+             "Means over seeds (each seed's value in brackets), accuracies in %, 200 questions a task. Own block largest: for how many of the",
+             "eight tasks the task's own block has the largest mean gate after the last task. Clean: scores without the benchmark's quirks.", ""]
     variants = list(dict.fromkeys(record["variant"] for record in records))
     columns = list(summary(records[0]))
     lines += ["| variant | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for variant in variants:
         values = [summary(record) for record in records if record["variant"] == variant]
         cells = [f"{statistics.fmean(v[c] for v in values):.1f} ({', '.join(f'{v[c]:.1f}' for v in values)})" for c in columns]
+        cells = ["no gates" if cell.startswith("nan") else cell for cell in cells]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     tasks = records[0]["tasks"]
     for title, pick in (("Right after training", lambda m, i: m[i][i]), ("After the last task", lambda m, i: m[-1][i])):
@@ -116,9 +139,9 @@ def write(name: str, records: list[dict]) -> None:
         for task in tasks:
             lines.append(f"| {task} | " + " | ".join(f"{statistics.fmean(g[task][i] for g in chosen):.2f}" for i in range(len(tasks))) + " |")
     versions = records[0]["versions"]
-    lines += ["", f"jax {versions.get('jax')}, Python {versions.get('python')}, CPU."]
+    lines += ["", f"jax {versions.get('jax')}, Python {versions.get('python')}, CPU; base model {base_model()}."]
     (folder / f"coin_mini_{name}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
