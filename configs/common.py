@@ -24,7 +24,9 @@ METHODS = {
 
 # Every field of every section but the method, with the values for the 7B model on the real benchmark.
 SECTIONS = {
-    "model": {"path": "", "dtype": "bfloat16", "param_dtype": "bfloat16", "attention": "xla", "remat": "qkvo_mlp", "unroll": 1},
+    "model": {
+        "path": "", "preset": "", "dtype": "bfloat16", "param_dtype": "bfloat16", "attention": "xla", "remat": "qkvo_mlp", "unroll": 1,
+    },
     "data": {
         "benchmark": "coin", "root": "", "tasks": "coin", "instruction_set": "Original", "template": "vicuna_v1", "max_length": 2048,
         "max_labels": 0, "buckets": ((704, 128), (1024, 512), (1536, 1024), (2048, 2048)), "train_examples": 0,
@@ -35,7 +37,7 @@ SECTIONS = {
         "batch_size": 64, "batch_sizes": {}, "micro_batches": 1, "epochs": 1, "max_steps": 0, "learning_rate": 2e-4,
         "projector_learning_rate": 2e-5, "schedule": "cosine", "warmup_fraction": 0.03, "weight_decay": 0.0, "beta1": 0.9,
         "beta2": 0.999, "epsilon": 1e-8,
-        "grad_clip": 0.0, "loss_norm": "micro_batch_mean", "loss_group_size": 8,
+        "grad_clip": 0.0, "loss_norm": "micro_batch_mean", "loss_group_size": 8, "loss_groups": 0,
     },
     "evaluate": {
         "batch_size": 32, "max_new_tokens": 0, "prompt_lengths": (704, 1024, 2048), "image_mode": "coin", "subset_size": 0,
@@ -44,25 +46,33 @@ SECTIONS = {
     "similarity": {"encoders": "backbone", "pool": "cls", "max_samples": 10000, "clamp": True},
     "mesh": {"data": -1, "fsdp": 1, "model": 1},
     "run": {
-        "seed": 0, "protocol": "sequential", "isolated_results": "", "checkpoint_every_steps": 500, "log_every_steps": 20,
-        "tensorboard": True, "compilation_cache": "",
+        "seed": 0, "protocol": "sequential", "isolated_results": "", "published_row": "", "checkpoint_every_steps": 500,
+        "log_every_steps": 20, "tensorboard": True, "compilation_cache": "",
     },
 }
 
 
-def parse(argument, words=()):
-    """"method=lora,seed=1,smoke" -> {"method": "lora", "seed": 1, "smoke": True}; `words` are the ones that the config knows."""
-    options = {}
+def parse(argument, words=(), choices=None):
+    """"method=lora,seed=1,smoke" -> {"method": "lora", "seed": 1, "smoke": True}.
+
+    `words` are the ones that the config knows, `choices` its other names with the values that each may have, () for any.
+    """
+    options, choices = {}, choices or {}
     for part in (argument or "").split(","):
         name, equals, value = (piece.strip() for piece in part.partition("="))
-        if name in ("method", "seed") and value:
-            if name == "seed" and not value.isdecimal():
+        if name == "seed" and value:
+            if not value.isdecimal():
                 raise ValueError(f"{part.strip()}: seed must be a whole number >= 0")
-            options[name] = int(value) if name == "seed" else value
+            options[name] = int(value)
+        elif (name == "method" or name in choices) and value:
+            if choices.get(name) and value not in choices[name]:
+                raise ValueError(f"{part.strip()}: choose one of {', '.join(choices[name])}")
+            options[name] = value
         elif name in words and not equals:
             options[name] = True
         elif part.strip():
-            raise ValueError(f"{part.strip()}: the config knows no such argument; it knows {', '.join(('method=..., seed=...', *words))}")
+            known = ("method=...", *(f"{choice}=..." for choice in choices), "seed=...", *words)
+            raise ValueError(f"{part.strip()}: the config knows no such argument; it knows {', '.join(known)}")
     return options
 
 

@@ -38,7 +38,7 @@ _PROCESS = flags.DEFINE_integer("process_id", -1, "Which of them this one is.")
 # may have to change before a run that stopped with an error can go on must be here, or the work done so far would be lost.
 _FREE = {
     "run.log_every_steps", "run.checkpoint_every_steps", "run.tensorboard", "run.compilation_cache", "run.isolated_results",
-    "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_image", "data.buckets",
+    "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_image", "data.buckets",
     "evaluate.batch_size", "evaluate.prompt_lengths", "mesh.data", "mesh.fsdp", "mesh.model",
 }
 # What a full, read-only or broken disk says, and files where folders should be; anything else is not for the user to mend.

@@ -1,4 +1,4 @@
-"""Verbs for people: report, compare, check-data, make-benchmark, make-base (python -m proglora_jax.tools VERB --help)."""
+"""Verbs for people: report, compare, check-data, doctor, make-benchmark, make-base (python -m proglora_jax.tools VERB --help)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m proglora_jax.tools", description="Tools around proglora_jax.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for add in (_add_report, _add_compare, _add_check_data, _add_make_benchmark, _add_make_base):
+    for add in (_add_report, _add_compare, _add_check_data, _add_doctor, _add_make_benchmark, _add_make_base):
         add(verbs)
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(arguments, "overrides"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides = rest
     try:
         return arguments.run(arguments) or 0
     except UserError as error:
@@ -124,6 +127,30 @@ def _encoder(arguments):
         patches, vocab_size = config.image_tokens, config.text_config.vocab_size
     template = get_template(arguments.template)
     return Encoder(load_tokenizer(folder, vocab_size), template, patches, arguments.max_length) if folder else None
+
+
+def _add_doctor(verbs) -> None:
+    summary = "Say what a config would do and need: stages, steps, hours, parameters, memory of a device; nothing is loaded."
+    parser = _verb(verbs, "doctor", summary, _doctor)
+    parser.set_defaults(overrides=[])
+    parser.add_argument("--config", required=True, help="as for the main job; --config.section.field=value overrides a field")
+    parser.add_argument("--devices", type=int, default=0, help="plan for so many; default: those that are there")
+    parser.add_argument("--memory-gb", type=float, default=0.0, help="memory of a device; default: what it says")
+    parser.add_argument("--peak-tflops", type=float, default=0.0, help="peak of a device in the compute dtype, for hours by roofline")
+    parser.add_argument("--utilization", type=float, default=0.45, help="share of the peak that is assumed")
+    parser.add_argument("--step-seconds", type=float, default=0.0, help="measured seconds of a training step, for hours by measurement")
+    parser.add_argument("--step-rows", type=int, default=0, help="rows of the measured step; default: config.train.batch_size")
+    parser.add_argument("--positions", type=int, default=0, help="mean positions of a row; default: the smallest bucket")
+    parser.add_argument("--compile", action="store_true", help="also compile the training step and read the memory it needs")
+
+
+def _doctor(arguments) -> None:
+    from proglora_jax.continual.doctor import Machine, diagnose
+    from proglora_jax.training.config_file import load_config
+
+    machine = Machine(arguments.devices, arguments.memory_gb, arguments.peak_tflops, arguments.utilization, arguments.step_seconds,
+                      arguments.step_rows, arguments.positions)
+    print(diagnose(load_config(arguments.config, arguments.overrides), machine, compile_step=arguments.compile))
 
 
 def _add_make_benchmark(verbs) -> None:

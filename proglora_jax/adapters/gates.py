@@ -35,17 +35,19 @@ def mean_feature(x: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask[..., None], x.astype(jnp.float32), 0.0).sum(axis=1) / jnp.maximum(count, 1)
 
 
-def init_query_projector(generator: np.random.Generator, width: int, inner: int) -> PyTree:
+def init_query_projector(generator: np.random.Generator, width: int, inner: int, variant: str = "paper") -> PyTree:
     """Two Xavier-uniform linears with zero biases and a layer norm: width -> inner -> width.
 
     Returns:
-        {"linear_1": {"kernel": f32[D, d_p], "bias"}, "linear_2": {"kernel": f32[d_p, D], "bias"}, "norm": {"scale", "bias"}}.
+        {"linear_1": {"kernel": f32[D, d_p], "bias"}, "linear_2": {"kernel": f32[d_p, D], "bias"}, "norm": {"scale", "bias"}}; the
+        released code's variant has no biases in its linears.
     """
     bound = math.sqrt(6.0 / (width + inner))
     draw = lambda *shape: generator.uniform(-bound, bound, shape).astype(np.float32)
+    biases = [{"bias": np.zeros(size, np.float32)} if variant == "paper" else {} for size in (inner, width)]
     return {
-        "linear_1": {"kernel": draw(width, inner), "bias": np.zeros(inner, np.float32)},
-        "linear_2": {"kernel": draw(inner, width), "bias": np.zeros(width, np.float32)},
+        "linear_1": {"kernel": draw(width, inner)} | biases[0],
+        "linear_2": {"kernel": draw(inner, width)} | biases[1],
         "norm": {"scale": np.ones(width, np.float32), "bias": np.zeros(width, np.float32)},
     }
 

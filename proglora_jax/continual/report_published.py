@@ -18,14 +18,18 @@ def published_section(record: RunRecord) -> Section:
     """A run against the published row of its method, and within the published table.
 
     Args:
-        record: the run; compared in its headline scoring mode.
+        record: the run; compared in its headline scoring mode, with the row that its config names or the main row of its method.
 
     Returns:
         Notes on what may be compared, metrics and per-task tables; only notes where nothing can be compared.
     """
-    row = next((row for row in (*published.MAIN_ROWS, *published.OTHER_ROWS) if _fits(row, record)), None)
+    named = record.settings.get("published row", "")
+    row = published.ROWS.get(named) or next((row for row in published.ROWS.values() if _fits(row, record)), None)
+    if row is not None and not _same_tasks(record.tasks, row.order):
+        row = None
     notes = [
-        f"Published numbers are as printed (LLaVA-1.5-7B, CoIN); this run is scored in the {record.modes[0]} mode. "
+        f"Published numbers are as printed ({row.backbone if row else published.LLAVA_7B}, CoIN); this run is scored in the "
+        f"{record.modes[0]} mode. "
         "LoRA, MoELoRA, zero-shot and multi-task were scored on random subsets of 4,000 questions that are not published."
     ]
     if record.benchmark and record.benchmark.lower() != "coin":
@@ -62,7 +66,7 @@ def _against_row(record: RunRecord, row: published.PublishedRow) -> tuple[list[T
     """Metrics and per-task tables against one published row, and the notes that belong to them."""
     mode, stages = record.modes[0], record.stages
     notes = []
-    matrix = published.MATRICES.get(row.method) if row.order == published.COIN_ORDER else None
+    matrix = published.MATRICES.get(row.method) if row is published.main_row(row.method) else None
     theirs: SequenceMetrics | published.PublishedRow = row
     if not record.finished:
         if matrix is None:
@@ -73,6 +77,8 @@ def _against_row(record: RunRecord, row: published.PublishedRow) -> tuple[list[T
     else:
         notes += [f"The published {_upper(metric)} is doubtful: {why}." for metric, why in row.doubts.items()]
     ours = record.metrics(mode)
+    if row.variant:
+        notes.append(f"Compared with the variant \"{row.variant}\" of {row.method}.")
     rows = []
     for field, name in METRIC_NAMES:
         here, there = getattr(ours, field), getattr(theirs, field, None)

@@ -86,6 +86,7 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
         seconds.append({"train": meta.get("seconds", {}).get("train", 0.0), "evaluate": sum(score["seconds"] for score in known.values())})
     settings = {"learning rate": session.settings.train.learning_rate, "batch size": session.settings.train.batch_size,
                 "instruction set": session.settings.data.instruction_set, "protocol": run.protocol}
+    settings |= {"published row": run.published_row} if run.published_row else {}
     settings |= {name: value for name, value in dataclasses.asdict(session.method).items()}
     return RunRecord(
         method=session.method.name, seed=run.seed, tasks=tasks, scoring=matrix, gates=gates, isolated=_isolated(session, matrix),

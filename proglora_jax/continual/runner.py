@@ -25,7 +25,7 @@ from proglora_jax.data.errors import UserError
 from proglora_jax.data.pipeline import TrainIterator
 from proglora_jax.data.rows import EncodedRows
 from proglora_jax.methods.base import Phase, TaskInfo, check_contract
-from proglora_jax.training.console import ParameterRow, parameter_table
+from proglora_jax.training import shapes
 from proglora_jax.training.loop import PhasePlan, PhaseState, Stopped, start_phase, train_phase
 
 
@@ -199,22 +199,13 @@ def _resume(session: Session, folder: Path, phase: Phase, origin: str, state: Ph
 
 def _announce(session: Session, stage: Stage, stages: tuple[Stage, ...], state: CLState, mask, alike: np.ndarray) -> dict[str, int]:
     """Prints what trains and what rests; returns the trainable parameters by group."""
-    rows, counts = [], {}
-    groups: dict[tuple[str, bool], list] = {}
-    for path, leaf in trees.flatten(state.params).items():
-        groups.setdefault((path.split("/")[0], mask[path]), []).append(leaf)
-    for (name, trains), leaves in groups.items():
-        rows.append(ParameterRow(name, len(leaves), trees.count_parameters(leaves), trees.count_bytes(leaves), trains))
-        if trains:
-            counts[name] = trees.count_parameters(leaves)
     base = session.llava.to_tree()
-    rows += [ParameterRow(f"backbone/{name}", len(jax.tree.leaves(part)), trees.count_parameters(part), trees.count_bytes(part), False)
-             for name, part in base.items()]
-    session.logger.message(f"\nstage {stage.number + 1} of {len(stages)}: {stage.name} with {session.method.name}\n{parameter_table(rows)}")
+    table = shapes.describe_parameters(state.params, mask, base, stage.index)
+    session.logger.message(f"\nstage {stage.number + 1} of {len(stages)}: {stage.name} with {session.method.name}\n{table}")
     if len(alike):
         listed = ", ".join(f"{session.tasks[i]} {value:.3f}" for i, value in enumerate(alike))
         session.logger.message(f"similarity to the tasks before: {listed}")
-    return counts
+    return shapes.trainable_counts(state.params, mask)
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation

@@ -27,7 +27,7 @@ from proglora_jax.data.tokens import Encoder, Tokenizer, load_tokenizer
 from proglora_jax.evaluation.evaluator import references
 from proglora_jax.methods.base import Method
 from proglora_jax.models.layers import Settings as ModelOptions
-from proglora_jax.models.presets import LlavaConfig
+from proglora_jax.models.presets import PRESETS, LlavaConfig
 from proglora_jax.training import step
 from proglora_jax.training.log import RunLogger
 from proglora_jax.training.loop import StopSignal
@@ -123,6 +123,8 @@ def model_folder(path: str) -> str:
     """
     if path == "embedded":
         return str(importlib.resources.files("proglora_jax") / "assets" / "coin_mini_base")
+    if not path:
+        raise UserError("config.model.path='': not set; give a Hugging Face LLaVA folder, or 'embedded' for the small model")
     if not os.path.isdir(path):
         raise UserError(f"config.model.path={path}: no such folder; give a Hugging Face LLaVA folder, or 'embedded' for the small model")
     return path
@@ -147,6 +149,7 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
     config, images = read_config(folder), ImageSpec.from_folder(folder)
     tokenizer = load_tokenizer(folder, config.text_config.vocab_size)
     _check_folder(folder, config, tokenizer, images)
+    check_preset(folder, config, model.preset)
     encoder = Encoder(tokenizer, get_template(data.template), config.image_tokens, data.max_length, data.max_labels, data.empty_answer)
     if data.benchmark == "embedded" and jax.process_index() == 0:
         write_benchmark(data.root, data.embedded_seed, data.embedded_train_size, data.embedded_test_size)
@@ -171,6 +174,23 @@ def _check_folder(folder: str, config: LlavaConfig, tokenizer: Tokenizer, images
         raise UserError(
             f"{folder}: the image processor makes {images.size} pixels, but config.json says image_size={config.vision_config.image_size}; "
             "use the processor that belongs to the model")
+
+
+def check_preset(folder: str, config: LlavaConfig, preset: str) -> None:
+    """Refuses a folder with another model than the config was written for; the vocabulary may differ, since conversions pad it.
+
+    Raises:
+        UserError: "config.model.preset='llava15_7b': hidden_size must be 4096, but <folder> has 5120; ..."
+    """
+    if not preset:
+        return
+    wanted = PRESETS[preset]()
+    for part in ("text_config", "vision_config"):
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            here, there = getattr(getattr(wanted, part), name), getattr(getattr(config, part), name)
+            if here != there:
+                raise UserError(f"config.model.preset='{preset}': {part}.{name} must be {here}, but {folder} has {there}; "
+                                "set config.model.preset to the folder's model, or to '' for any")
 
 
 def _read_records(files: Mapping[str, TaskData], settings: Settings) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from proglora_jax.core.types import PyTree
 
@@ -39,17 +39,31 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
         ValueError: when the sizes do not multiply to the number of devices.
     """
     devices = np.asarray(jax.devices() if devices is None else devices)
+    return Mesh(devices.reshape(_sizes(shape, devices.size)), AXES)
+
+
+def abstract_mesh(shape: Mapping[str, int], count: int) -> AbstractMesh:
+    """The mesh that `count` devices would make, to plan with: shardings have shapes on it, and no array can be placed.
+
+    Raises:
+        ValueError: as `make_mesh`.
+    """
+    return AbstractMesh(tuple(_sizes(shape, count)), AXES)
+
+
+def _sizes(shape: Mapping[str, int], count: int) -> list[int]:
+    """Sizes of the axes over `count` devices."""
     sizes = [int(shape.get(axis, 1)) for axis in AXES]
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         raise ValueError(f"config.mesh={dict(shape)}: sizes must be positive, at most one may be -1 (takes the rest)")
     if -1 in sizes:
         rest = int(np.prod([size for size in sizes if size != -1]))
-        if devices.size % rest:
-            raise ValueError(f"config.mesh={dict(shape)}: {devices.size} devices cannot be divided by {rest}")
-        sizes[sizes.index(-1)] = devices.size // rest
-    if int(np.prod(sizes)) != devices.size:
-        raise ValueError(f"config.mesh={dict(zip(AXES, sizes))}: needs {int(np.prod(sizes))} devices, {devices.size} are there")
-    return Mesh(devices.reshape(sizes), AXES)
+        if count % rest:
+            raise ValueError(f"config.mesh={dict(shape)}: {count} devices cannot be divided by {rest}")
+        sizes[sizes.index(-1)] = count // rest
+    if int(np.prod(sizes)) != count:
+        raise ValueError(f"config.mesh={dict(zip(AXES, sizes))}: needs {int(np.prod(sizes))} devices, {count} are there")
+    return sizes
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from proglora_jax.core.types import PyTree
@@ -93,7 +94,27 @@ def fold_in_name(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
+class _ShapesOnly(int):
+    """A seed whose generators draw nothing, see `SHAPES_ONLY`."""
+
+
+# The seed for states of which only the shapes are wanted: under jax.eval_shape its draws cost neither time nor memory.
+SHAPES_ONLY = _ShapesOnly(0)
+
+
+class _NoDraws:
+    """Stands in for a numpy generator: what it draws is zero, and a tracer under jax.eval_shape."""
+
+    def normal(self, mean: float, deviation: float, shape) -> jax.Array:
+        return jnp.zeros(shape, jnp.float32)
+
+    def uniform(self, low: float, high: float, shape) -> jax.Array:
+        return jnp.zeros(shape, jnp.float32)
+
+
 def named_generator(seed: int, *names: object) -> np.random.Generator:
-    """A numpy generator for a named purpose, the same on every platform and library version."""
+    """A numpy generator for a named purpose, the same on every platform and library version; SHAPES_ONLY draws zeros."""
+    if isinstance(seed, _ShapesOnly):
+        return _NoDraws()
     words = [zlib.crc32(str(name).encode()) for name in names]
     return np.random.default_rng([int(seed), *words])

@@ -27,6 +27,8 @@ class Task:
         scorer: name of the scoring rule.
         coin_image_mode: image preparation at test time in CoIN's scripts, "crop" or "pad".
         max_new_tokens: cap on generated tokens in CoIN's scripts.
+        train_records: records of the published training file (Grounding and OCR-VQA: about); for plans, files may have others.
+        eval_questions: questions of the published evaluation file (VQAv2: at most, OCR-VQA: about).
         auxiliary: ((key, path under the image root), ...) of the files that scoring needs besides the questions.
     """
 
@@ -38,20 +40,23 @@ class Task:
     scorer: str
     coin_image_mode: str
     max_new_tokens: int
+    train_records: int
+    eval_questions: int
     auxiliary: tuple[tuple[str, str], ...] = ()
 
 
 _SCIENCEQA_FILES = (("problems", "ScienceQA/problems.json"), ("pid_splits", "ScienceQA/pid_splits.json"))
 _ROWS = (
-    Task("ScienceQA", "ScienceQA", "ScienceQA", "test.json", "ScienceQA", "scienceqa", "crop", 1024, _SCIENCEQA_FILES),
-    Task("TextVQA", "TextVQA", "TextVQA", "val.json", "TextVQA", "textvqa", "pad", 128,
+    Task("ScienceQA", "ScienceQA", "ScienceQA", "test.json", "ScienceQA", "scienceqa", "crop", 1024, 12_726, 4_241, _SCIENCEQA_FILES),
+    Task("TextVQA", "TextVQA", "TextVQA", "val.json", "TextVQA", "textvqa", "pad", 128, 34_602, 5_000,
          (("annotations", "TextVQA/TextVQA_0.5.1_val.json"),)),
-    Task("ImageNet", "ImageNet", "ImageNet", "test.json", "ImageNet_withlabel", "imagenet", "crop", 1024),
-    Task("GQA", "GQA", "GQA", "test.json", "GQA", "gqa", "pad", 128, (("questions", "GQA/testdev_balanced_questions.json"),)),
-    Task("VizWiz", "VizWiz", "VizWiz", "val.json", "VizWiz", "vizwiz", "pad", 128),
-    Task("Grounding", "Grounding", "Grounding", "test.json", "COCO2014", "grounding", "crop", 1024),
-    Task("VQAv2", "VQAv2", "VQAv2", "val.json", "COCO2014", "vqav2", "crop", 1024),
-    Task("OCRVQA", "OCR-VQA", "OCRVQA", "test.json", "OCR-VQA", "ocrvqa", "pad", 128),
+    Task("ImageNet", "ImageNet", "ImageNet", "test.json", "ImageNet_withlabel", "imagenet", "crop", 1024, 129_833, 5_050),
+    Task("GQA", "GQA", "GQA", "test.json", "GQA", "gqa", "pad", 128, 72_140, 12_578,
+         (("questions", "GQA/testdev_balanced_questions.json"),)),
+    Task("VizWiz", "VizWiz", "VizWiz", "val.json", "VizWiz", "vizwiz", "pad", 128, 20_523, 4_319),
+    Task("Grounding", "Grounding", "Grounding", "test.json", "COCO2014", "grounding", "crop", 1024, 55_885, 30_969),
+    Task("VQAv2", "VQAv2", "VQAv2", "val.json", "COCO2014", "vqav2", "crop", 1024, 82_783, 214_354),
+    Task("OCRVQA", "OCR-VQA", "OCRVQA", "test.json", "OCR-VQA", "ocrvqa", "pad", 128, 165_500, 100_000),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 

@@ -56,6 +56,13 @@ class PublishedRow:
     forgetting: float | None = None
     doubts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """The row's name in configs and reports: method, variant, and the model where it is not LLaVA-1.5-7B."""
+        model = {LLAVA_7B: "", LLAVA_13B: "13b", QWEN: "qwen"}[self.backbone]
+        words = "".join(letter if letter.isalnum() else " " for letter in self.variant.lower()).split()
+        return "_".join([self.method, *words, *filter(None, [model])])
+
 
 def _rows(text: str) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(map(float, line.split())) for line in text.strip().splitlines())
@@ -178,6 +185,9 @@ IMPLIED_ISOLATED_MEAN: Mapping[str, float] = {
     "lora": 66.18, "lwf": 66.19, "ewc": 66.17, "moelora": 67.05, "proglora_dynamic": 64.31, "proglora_light": 64.31,
     "sema": 64.31, "mocl": 64.31,
 }  # fmt: skip
+
+# Name of a row -> the row, all of them.
+ROWS: Mapping[str, PublishedRow] = {row.name: row for row in (*MAIN_ROWS, *OTHER_ROWS)}
 
 
 def main_row(method: str) -> PublishedRow | None:

@@ -141,8 +141,9 @@ class Method:
         return self.alpha / self.rank
 
     def init(self, targets: Targets, projector: PyTree, total: int, seed: int) -> CLState:
-        """State before the first task: one block and the backbone's projector."""
+        """State before the first task: one block and the backbone's projector, in float32 like all that trains."""
         del total
+        projector = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), projector)
         block = lowrank.init_block(trees.named_generator(seed, "block", 0), targets, self.rank, self.a_init)
         return CLState({"block": block, "mm_projector": projector}, {}, {}, jnp.int32(0))
 

@@ -45,7 +45,7 @@ class ZeroShot(Method):
     def init(self, targets, projector, total, seed) -> CLState:
         """Only the projector is carried."""
         state = super().init(targets, projector, total, seed)
-        return dataclasses.replace(state, params={"mm_projector": projector})
+        return dataclasses.replace(state, params={"mm_projector": state.params["mm_projector"]})
 
     def phases(self, info: TaskInfo) -> tuple[Phase, ...]:
         """No training."""

@@ -142,7 +142,8 @@ class ProgLoRADynamic(Pooled):
         routing = {
             "key": gating.init_key(trees.named_generator(seed, "key", 0), width, self.key_scale),
             "keys": jnp.zeros((total, width), jnp.float32),
-            "query_projector": gating.init_query_projector(trees.named_generator(seed, "query_projector"), width, self.proj_width),
+            "query_projector": gating.init_query_projector(
+                trees.named_generator(seed, "query_projector"), width, self.proj_width, self.proj_variant),
         }
         layers = (targets.layers,) if self.gates_in_layers else ()
         if self.gates_in_layers:
@@ -179,7 +180,7 @@ class ProgLoRADynamic(Pooled):
             key = gating.init_key(trees.named_generator(info.seed, "key", info.index), shape[-1], self.key_scale)
             return jnp.broadcast_to(key, shape)
         query = probe(state, replay.replay_indices(info.size, max(self.recall_per_task, 1), info.seed, info.name))["h"].mean(0)
-        return jnp.asarray(self.key_scale * query / np.maximum(np.linalg.norm(query, axis=-1, keepdims=True), 1e-6), jnp.float32)
+        return jnp.asarray(self.key_scale * query / jnp.maximum(jnp.linalg.norm(query, axis=-1, keepdims=True), 1e-6), jnp.float32)
 
     def _counted(self, info: TaskInfo) -> jax.Array:
         similarity = info.similarity if self.recall_count == "similarity" else np.zeros(info.index)

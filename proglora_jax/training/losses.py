@@ -31,6 +31,17 @@ def token_nll(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Arra
     return jnp.where(mask, nll, 0.0)
 
 
+def group_rows(rows: int, groups: int, size: int) -> int:
+    """Rows per group of a batch: `size`, or the share of a group where a number of groups is asked for.
+
+    Raises:
+        UserError: "config.train.loss_groups=<n>: must divide the batch of <rows> rows"
+    """
+    if groups and rows % groups:
+        raise UserError(f"config.train.loss_groups={groups}: must divide the batch of {rows} rows")
+    return rows // groups if groups else size
+
+
 def row_scales(mask: jax.Array, weight: jax.Array, norm: str, group_size: int, separate: jax.Array | None = None) -> jax.Array:
     """What a row's summed loss is multiplied by, so that the batch's loss is the sum over rows, however it is split.
 

@@ -22,6 +22,7 @@ class ModelSettings:
 
     Attributes:
         path: a Hugging Face LLaVA folder, or "embedded" for the small model that ships with the package.
+        preset: sizes that the folder must have, a name of models/presets.py; "" takes any. Plans without weights are made from it.
         dtype: compute dtype, "float32" or "bfloat16".
         param_dtype: dtype in which the frozen backbone is held.
         attention: "xla" or "cudnn".
@@ -30,6 +31,7 @@ class ModelSettings:
     """
 
     path: str = "embedded"
+    preset: str = ""
     dtype: str = "float32"
     param_dtype: str = "float32"
     attention: str = "xla"
@@ -105,6 +107,7 @@ class TrainSettings:
         grad_clip: global norm; 0 switches clipping off.
         loss_norm: "global_token_mean", or "micro_batch_mean" (mean within groups of `loss_group_size` rows, then over groups).
         loss_group_size: rows per group of "micro_batch_mean".
+        loss_groups: groups per batch, for tasks with batches of different sizes; above 0 it stands in for `loss_group_size`.
     """
 
     batch_size: int = 64
@@ -123,6 +126,7 @@ class TrainSettings:
     grad_clip: float = 0.0
     loss_norm: str = "micro_batch_mean"
     loss_group_size: int = 8
+    loss_groups: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +188,8 @@ class RunSettings:
         seed: of everything random in training.
         protocol: "sequential" (task after task) or "isolated" (each task alone from the start, for FWT).
         isolated_results: workdir (or its results.json) of an isolated run, from which FWT is computed; "" reports none.
+        published_row: name of the published result that the run repeats, see evaluation/published.py; the report compares with it.
+            "" compares with the main row of the method.
         checkpoint_every_steps: steps between saves inside a phase.
         log_every_steps: steps between log lines.
         tensorboard: whether event files are written.
@@ -193,6 +199,7 @@ class RunSettings:
     seed: int = 0
     protocol: str = "sequential"
     isolated_results: str = ""
+    published_row: str = ""
     checkpoint_every_steps: int = 500
     log_every_steps: int = 20
     tensorboard: bool = True

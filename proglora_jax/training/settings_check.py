@@ -11,6 +11,8 @@ from proglora_jax.data.errors import UserError
 from proglora_jax.data.plan import GROUPINGS, check_buckets
 from proglora_jax.data.tasks import TASKS
 from proglora_jax.data.templates import INSTRUCTION_SETS, TEMPLATES
+from proglora_jax.evaluation.published import ROWS
+from proglora_jax.models.presets import PRESETS
 
 SCHEDULES = ("cosine", "constant", "constant_log_warmup")
 
@@ -29,6 +31,7 @@ def check_settings(settings: Any) -> None:
         _one_of("model.dtype", model.dtype, ("float32", "bfloat16", "float16")),
         _one_of("model.param_dtype", model.param_dtype, ("float32", "bfloat16", "float16")),
         _one_of("model.attention", model.attention, ("xla", "cudnn")),
+        _one_of("model.preset", model.preset, ("", *PRESETS)),
         _one_of("model.remat", model.remat, tuple(REMAT_POLICIES)),
         _at_least("model.unroll", model.unroll, 1),
         _one_of("data.benchmark", data.benchmark, ("embedded", "coin")),
@@ -47,8 +50,8 @@ def check_settings(settings: Any) -> None:
         _one_of("train.schedule", train.schedule, SCHEDULES),
         _one_of("train.loss_norm", train.loss_norm, ("global_token_mean", "micro_batch_mean")),
         *(_at_least(f"train.{name}", getattr(train, name), least) for name, least in {
-            "batch_size": 1, "micro_batches": 1, "epochs": 1, "max_steps": 0, "loss_group_size": 1, "projector_learning_rate": 0,
-            "weight_decay": 0, "grad_clip": 0, "epsilon": 0}.items()),
+            "batch_size": 1, "micro_batches": 1, "epochs": 1, "max_steps": 0, "loss_group_size": 1, "loss_groups": 0,
+            "projector_learning_rate": 0, "weight_decay": 0, "grad_clip": 0, "epsilon": 0}.items()),
         (train.learning_rate > 0, "train.learning_rate", train.learning_rate, "must be positive"),
         *((0 <= value < 1, f"train.{name}", value, "must be in [0, 1)") for name, value in
           {"warmup_fraction": train.warmup_fraction, "beta1": train.beta1, "beta2": train.beta2}.items()),
@@ -61,6 +64,7 @@ def check_settings(settings: Any) -> None:
         _one_of("similarity.encoders", settings.similarity.encoders, ("backbone",)),
         _one_of("similarity.pool", settings.similarity.pool, ("cls", "mean")),
         _at_least("similarity.max_samples", settings.similarity.max_samples, 1),
+        _one_of("run.published_row", run.published_row, ("", *ROWS)),
         _one_of("run.protocol", run.protocol, ("sequential", "isolated")),
         *(_at_least(f"run.{name}", getattr(run, name), least) for name, least in {
             "seed": 0, "checkpoint_every_steps": 1, "log_every_steps": 1}.items()),
@@ -73,7 +77,8 @@ def check_settings(settings: Any) -> None:
 
 def _one_of(field: str, value: str, choices: tuple[str, ...]) -> tuple[bool, str, object, str]:
     near = difflib.get_close_matches(value, choices, 1)
-    return value in choices, field, repr(value), f"must be one of {', '.join(choices)}" + (f"; did you mean '{near[0]}'?" if near else "")
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return value in choices, field, repr(value), f"must be one of {', '.join(filter(None, choices))}{hint}"
 
 
 def _at_least(field: str, value: float, least: int) -> tuple[bool, str, object, str]:

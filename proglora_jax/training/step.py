@@ -83,7 +83,7 @@ def make_train_step(method: Method, train: TrainSettings, remat: str, separate_r
     optimizer = optim.transform(train)
 
     def loss_and_gradients(trainable, frozen, memory, llava, batch, control):
-        norm, group = train.loss_norm, train.loss_group_size
+        norm, group = train.loss_norm, losses.group_rows(batch["label_mask"].shape[0], train.loss_groups, train.loss_group_size)
         separate = batch["task_id"] != control["stage"] if separate_replay else None
         scale = losses.row_scales(batch["label_mask"], batch["weight"], norm, group, separate)
         parts, share = train.micro_batches, 1.0 / train.micro_batches

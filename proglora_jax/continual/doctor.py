@@ -1,0 +1,210 @@
+"""What a config would do and need, before it runs: stages, steps, hours, parameters, memory of a device, and what to change.
+
+Nothing is loaded and no data is read: sizes of the model come from config.json or a preset, sizes of CoIN's tasks from the table in
+data/tasks.py. The text is what `tools doctor` prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from proglora_jax.checkpoints.hf_import import read_config
+from proglora_jax.continual.doctor_memory import MemoryPlan
+from proglora_jax.continual.doctor_plan import PlannedStage, planned_stages
+from proglora_jax.continual.report_page import Table
+from proglora_jax.continual.results import versions
+from proglora_jax.continual.session import check_preset, model_folder
+from proglora_jax.core import mesh as meshes
+from proglora_jax.data.errors import UserError
+from proglora_jax.models.presets import PRESETS, LlavaConfig
+from proglora_jax.training import memory, roofline, shapes
+from proglora_jax.training.console import format_seconds
+from proglora_jax.training.settings import ModelSettings, Settings, from_config
+
+_NOT_SET = "(config.data.root is not set)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What is planned for.
+
+    Attributes:
+        devices: how many; 0 takes those that are there.
+        memory_gb: memory of each in GB (10^9 bytes); 0 takes what the device says, where it does.
+        peak_tflops: peak of each in 10^12 operations per second in the compute dtype, for hours by roofline; 0 gives none.
+        utilization: share of the peak that is assumed.
+        step_seconds: measured seconds of a training step over all devices, for hours by measurement; 0 gives none.
+        step_rows: rows of the measured step; 0 means config.train.batch_size.
+        positions: mean positions per row; 0 takes the smallest bucket.
+    """
+
+    devices: int = 0
+    memory_gb: float = 0.0
+    peak_tflops: float = 0.0
+    utilization: float = 0.45
+    step_seconds: float = 0.0
+    step_rows: int = 0
+    positions: int = 0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 0:
+                raise UserError(f"--{field.name.replace('_', '-')}={getattr(self, field.name)}: must be positive")
+        if not 0 < self.utilization <= 1:
+            raise UserError(f"--utilization={self.utilization}: must be a share of the peak, above 0 and at most 1")
+
+
+def diagnose(config: Mapping[str, Mapping[str, Any]], machine: Machine | None = None, *, compile_step: bool = False) -> str:
+    """The whole text for a config.
+
+    Args:
+        config: as for `main.run`; data.root and model.path may be empty.
+        machine: what is planned for; None takes the devices that are there.
+        compile_step: also compile the training step for the devices that are there and read what it needs.
+
+    Raises:
+        UserError: for a config that no run would accept, and where the model's sizes are not known.
+    """
+    machine = machine or Machine()
+    values = {section: dict(fields) for section, fields in config.items()}
+    notes = []
+    if not values.get("data", {}).get("root"):
+        values.setdefault("data", {})["root"] = _NOT_SET
+        notes.append("config.data.root is not set: name the folder that holds playground/ and cl_dataset/ before the run")
+    settings = from_config(values)
+    sizes, source = model_sizes(settings.model)
+    if settings.model.path == "":
+        notes.append("config.model.path is not set: give a Hugging Face LLaVA folder before the run")
+    count = machine.devices or jax.device_count()
+    try:
+        mesh = meshes.abstract_mesh(dataclasses.asdict(settings.mesh), count)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    llava = shapes.abstract_backbone(sizes, settings.model)
+    stages = planned_stages(settings, llava, mesh)
+    largest = stages[-1].shapes
+    limit = 1e9 * machine.memory_gb or float(_memory_limit())
+    plan = MemoryPlan(settings, llava, largest, mesh, limit, [stage.batch for stage in stages if stage.train_rows])
+    sections = [
+        _environment(count, mesh, source),
+        _plan(settings, stages, machine, mesh, llava),
+        f"Parameters in the last stage, {largest.info.name} with {settings.method.name}\n"
+        + shapes.describe_parameters(largest.state.params, largest.mask, llava.to_tree(), largest.info.index),
+        plan.text(),
+        _compiled(settings, llava, stages, plan) if compile_step else "",
+        _advice([*notes, *plan.warnings()]),
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def model_sizes(model: ModelSettings) -> tuple[LlavaConfig, str]:
+    """Sizes of the backbone and where they are from: the folder's config.json, or the preset where there is no folder.
+
+    Raises:
+        UserError: where neither is there.
+    """
+    if model.path == "embedded" or os.path.isdir(model.path):
+        folder = model_folder(model.path)
+        config = read_config(folder)
+        check_preset(folder, config, model.preset)
+        return config, f"{folder}/config.json"
+    if model.preset:
+        return PRESETS[model.preset](), f"the preset {model.preset}"
+    raise UserError(f"config.model.path='{model.path}': no such folder, and config.model.preset is empty; give a folder with a "
+                    f"config.json, or a preset: {', '.join(PRESETS)}")
+
+
+def _memory_limit() -> int:
+    statistics = jax.local_devices()[0].memory_stats()
+    return (statistics or {}).get("bytes_limit", 0)
+
+
+def _environment(count: int, mesh: Any, source: str) -> str:
+    here = jax.devices()
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    lines = [
+        f"devices here: {len(here)} x {here[0].device_kind} ({jax.default_backend()}), {platform.system()} {platform.machine()}, "
+        f"{os.cpu_count()} CPU cores",
+        f"planned for: {count} device(s), mesh {axes}; the model's sizes are from {source}",
+        "versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()),
+    ]
+    return "\n".join(lines)
+
+
+def _plan(settings: Settings, stages: list[PlannedStage], machine: Machine, mesh: Any, llava: Any) -> str:
+    """The table of stages, and how long they take."""
+    positions = machine.positions or settings.data.buckets[0][0]
+    train_second, ask_second, how = _speeds(settings, stages, machine, mesh, llava, positions)
+    rows = []
+    for stage in stages:
+        own = f"{stage.train_rows:,}" + (f" + {stage.replayed:,}" if stage.replayed else "")
+        hours = (stage.steps * stage.batch * train_second, stage.questions * ask_second)
+        rows.append((str(stage.number + 1), stage.name, own, str(stage.batch), f"{stage.steps:,}", f"{stage.questions:,}",
+                     *(format_seconds(second) if second else "-" for second in hours)))
+    totals = [sum(getattr(stage, name) for stage in stages) for name in ("steps", "questions")]
+    seconds = [sum(stage.steps * stage.batch for stage in stages) * train_second, totals[1] * ask_second]
+    rows.append(("", "all", "", "", f"{totals[0]:,}", f"{totals[1]:,}", *(format_seconds(second) if second else "-" for second in seconds)))
+    head = ("stage", "task", "rows (+ replayed, at most)", "batch", "steps", "questions", "train", "answer")
+    return "\n".join([plain_table(Table(head, tuple(rows))), how])
+
+
+def _speeds(settings: Settings, stages, machine: Machine, mesh: Any, llava: Any, positions: int) -> tuple[float, float, str]:
+    """Seconds per training row and per question over all devices (0 where unknown), and in words how they were found."""
+    ranks = memory.ranks_of(stages[-1].shapes)
+    work = roofline.training_work(llava.config, llava.targets(), positions, settings.data.buckets[0][1], settings.model.remat, *ranks)
+    asked = roofline.prefill_work(llava.config, llava.targets(), positions, ranks[0])
+    sizes = f"at {positions} positions a training row is {work.total / 1e12:.3g} TFLOP ({work.model / 1e12:.3g} count for MFU), a prompt " \
+            f"{asked / 1e12:.3g}"
+    devices = int(mesh.size)
+    speed = machine.peak_tflops * 1e12 * machine.utilization * devices
+    answer = asked / speed if speed else 0.0
+    if machine.step_seconds:
+        rows = machine.step_rows or settings.train.batch_size
+        return machine.step_seconds / rows, answer, f"hours from {machine.step_seconds:g} s measured for a step of {rows} rows; {sizes}"
+    if speed:
+        return work.total / speed, answer, (
+            f"hours at {machine.utilization:.0%} of {machine.peak_tflops:g} TFLOP/s on {devices} device(s); {sizes}; new tokens, loading, "
+            "compiling and saving come on top")
+    return 0.0, 0.0, f"no hours: give --step-seconds (measured) or --peak-tflops; {sizes}"
+
+
+def _compiled(settings: Settings, llava: Any, stages: list[PlannedStage], plan: MemoryPlan) -> str:
+    """What the compiled step needs, on as many devices as are there and the plan asks for, else on one with its share of the rows."""
+    batches = [stage.batch for stage in stages if stage.train_rows]
+    if not batches:
+        return "Compiled step: nothing trains."
+    fits = plan.devices <= jax.device_count()
+    mesh = meshes.make_mesh(dict(plan.mesh.shape) if fits else {"data": 1}, jax.devices()[: plan.devices if fits else 1])
+    rows = max(batches) if fits else plan.rows * settings.train.micro_batches
+    tables = []
+    for bucket in settings.data.buckets:
+        # The mean over groups does not change what is held, and a share of the rows may not have as many groups.
+        own = dataclasses.replace(settings, train=dataclasses.replace(settings.train, loss_groups=0, loss_group_size=1))
+        parts = memory.compiled_memory(own, llava, stages[-1].shapes, rows, bucket, mesh)
+        cells = ", ".join(f"{part.name} {part.bytes / 1e9:.2f}" for part in parts)
+        said = f"{memory.total(parts) / 1e9:.2f} GB ({cells})" if parts else "this backend does not say"
+        tables.append(f"  {bucket[0]:5} positions: {said}")
+    kind = jax.devices()[0].device_kind
+    note = "" if jax.default_backend() != "cpu" else "; XLA for CPU computes 16-bit formats in 32 bits, so an accelerator needs less"
+    return "\n".join([f"Compiled training step, per device, {plan.rows} row(s) at once, for {mesh.size} x {kind}{note}", *tables])
+
+
+def _advice(warnings: list[str]) -> str:
+    if not warnings:
+        return "Nothing speaks against this config."
+    return "\n".join(["Before you run it:", *(f"  - {warning}" for warning in warnings)])
+
+
+def plain_table(table: Table) -> str:
+    """A table for the console: columns aligned, numbers to the right."""
+    lines = [tuple(table.head), *(tuple(row) for row in table.rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
+    text = ["  ".join(cell.ljust(width) if i == 1 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths))).rstrip()
+            for line in lines]
+    return "\n".join([text[0], "-" * (sum(widths) + 2 * len(widths) - 2), *text[1:]])

@@ -1,0 +1,213 @@
+"""Whether a config fits on a device, bucket by bucket and while it answers, and which setting would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from proglora_jax.continual.report_page import Table
+from proglora_jax.core.mesh import abstract_mesh, batch_ways
+from proglora_jax.data.tasks import TASKS
+from proglora_jax.models.llava import Llava
+from proglora_jax.training import memory
+from proglora_jax.training.memory import Load, Part
+from proglora_jax.training.settings import Settings
+from proglora_jax.training.shapes import StageShapes
+
+SIZES_GB = (24, 40, 80, 141)
+"""Memory of common devices, for a plan without one."""
+_CHEAPEST_FIRST = ("none", "dots", "qkvo_mlp", "qkvo", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """The memory of a config on one device of a mesh.
+
+    Attributes:
+        settings: the config.
+        llava: the backbone as shapes.
+        stage: the largest stage.
+        mesh: an abstract mesh.
+        limit: bytes of a device, 0 where unknown.
+        batches: rows of a step of every stage that trains.
+    """
+
+    settings: Settings
+    llava: Llava
+    stage: StageShapes
+    mesh: Any
+    limit: float
+    batches: list[int]
+
+    @property
+    def devices(self) -> int:
+        """Devices of the mesh."""
+        return int(self.mesh.size)
+
+    @property
+    def rows(self) -> int:
+        """Most rows that a device computes at once."""
+        parts = self.settings.train.micro_batches * batch_ways(self.mesh)
+        return max((-(-batch // parts) for batch in self.batches), default=0)
+
+    @property
+    def usable(self) -> float:
+        """Bytes that can be planned with."""
+        return memory.USABLE * self.limit
+
+    def training(self, bucket: tuple[int, int]) -> list[Part]:
+        """What a training step on a bucket's shape holds."""
+        return memory.training_memory(self.settings, self.llava, self.stage, Load(self.rows, *bucket), self.mesh)
+
+    def answering(self) -> list[Part]:
+        """What the longest prompts and answers hold."""
+        evaluate = self.settings.evaluate
+        rows = -(-evaluate.batch_size // batch_ways(self.mesh))
+        load = Load(rows, max(evaluate.prompt_lengths), 0)
+        return memory.answering_memory(self.settings, self.llava, self.stage, load, self.longest_answer(), self.mesh)
+
+    def longest_answer(self) -> int:
+        """The largest cap on new tokens among the tasks."""
+        return self.settings.evaluate.max_new_tokens or max(task.max_new_tokens for task in TASKS.values())
+
+    def peak(self) -> float:
+        """Most bytes of any training step."""
+        return max((memory.total(self.training(bucket)) for bucket in self.settings.data.buckets), default=0.0) if self.batches else 0.0
+
+    def text(self) -> str:
+        """Tables of training and answering, and what fits where."""
+        blocks = []
+        if self.batches:
+            columns = [self.training(bucket) for bucket in self.settings.data.buckets]
+            head = tuple(f"{positions} positions" for positions, _ in self.settings.data.buckets)
+            blocks.append(f"Memory of a device while training, GB, {self.rows} row(s) at once, largest stage (estimated)")
+            blocks.append(_columns(head, columns))
+            if not self.limit:
+                blocks.append(self._capacities())
+        evaluate = self.settings.evaluate
+        blocks.append(f"Memory of a device while answering, GB, {evaluate.batch_size} questions over {batch_ways(self.mesh)} device(s), "
+                      f"answers of up to {self.longest_answer()} tokens (estimated)")
+        blocks.append(_columns((f"{max(evaluate.prompt_lengths)} positions",), [self.answering()]))
+        if self.limit:
+            blocks.append(f"a device has {self.limit / 1e9:.1f} GB, of which {self.usable / 1e9:.1f} can be planned with")
+        return "\n".join(blocks)
+
+    def _capacities(self) -> str:
+        """Rows that fit at once on common devices, for the smallest bucket."""
+        bucket = self.settings.data.buckets[0]
+        cells = [f"{size} GB: {most_rows(self, bucket, 1e9 * size)}" for size in SIZES_GB]
+        return f"rows that fit at once at {bucket[0]} positions, by the device's memory: {', '.join(cells)}"
+
+    def warnings(self) -> list[str]:
+        """What will not run or not fit, and which setting would."""
+        found = []
+        ways, parts = batch_ways(self.mesh), self.settings.train.micro_batches
+        uneven = sorted({batch for batch in self.batches if batch % ways})
+        if uneven:
+            found.append(f"batches of {', '.join(map(str, uneven))} rows cannot be split over {ways} devices: use a number of devices that "
+                         "divides them, or other batches (configs/coin.py:batches=coin_scripts)")
+        elif any(batch % (ways * parts) for batch in self.batches):
+            even = dataclasses.replace(self, settings=_one_part(self.settings))._parts(ways)
+            near = min(even, key=lambda count: abs(count - parts / ways))
+            found.append(f"micro-batches are split unevenly over {ways} devices: --config.train.micro_batches={near} is even")
+        rows = self.settings.evaluate.batch_size
+        if rows % ways:
+            found.append(f"config.evaluate.batch_size={rows} cannot be split over {ways} devices: "
+                         f"--config.evaluate.batch_size={max(1, rows // ways) * ways}")
+        changed = self
+        if self.limit and self.peak() > self.usable:
+            fitting = self._fitting_change()
+            found.append(self._training_advice(fitting))
+            changed = fitting or self  # a backbone that is split for training is so while it answers
+        if self.limit and memory.total(changed.answering()) > self.usable:
+            found.append(changed._answering_advice())
+        return found
+
+    def _training_advice(self, fitting: MemoryPlan | None) -> str:
+        """What does not fit, and what would."""
+        misfits = [str(bucket[0]) for bucket in self.settings.data.buckets if memory.total(self.training(bucket)) > self.usable]
+        needed = f"training needs {self.peak() / 1e9:.1f} GB a device (rows of {', '.join(misfits)} positions do not fit)"
+        if fitting:
+            return f"{needed}: it would fit with {_flags(self, fitting)}"
+        return f"{needed}, and no setting known here makes it fit: take devices with more memory, or more of them"
+
+    def _fitting_change(self) -> MemoryPlan | None:
+        """The cheapest change that fits: more parts, more recomputing, a split backbone; cutting long rows comes last, it loses data."""
+        for buckets in range(len(self.settings.data.buckets), 0, -1):
+            for mesh in self._meshes():
+                for policy in _CHEAPEST_FIRST[_CHEAPEST_FIRST.index(self.settings.model.remat) :]:
+                    for parts in self._parts(batch_ways(mesh)):
+                        plan = self._changed(mesh, policy, parts, self.settings.data.buckets[:buckets])
+                        if plan.peak() <= self.usable:
+                            return plan
+        return None
+
+    def _changed(self, mesh: Any, policy: str, parts: int, buckets: tuple) -> MemoryPlan:
+        now = self.settings
+        data = now.data if len(buckets) == len(now.data.buckets) else dataclasses.replace(
+            now.data, buckets=buckets, max_length=buckets[-1][0], max_labels=buckets[-1][1])
+        changed = dataclasses.replace(
+            now, data=data, model=dataclasses.replace(now.model, remat=policy), train=dataclasses.replace(now.train, micro_batches=parts))
+        return dataclasses.replace(self, settings=changed, mesh=mesh)
+
+    def _meshes(self) -> list[Any]:
+        """The mesh as it is, and meshes that split the backbone over more of the devices."""
+        now, model = self.mesh.shape["fsdp"], self.mesh.shape["model"]
+        more = [size for size in (2, 4, 8, 16) if size > now and self.devices % (size * model) == 0]
+        return [self.mesh, *(abstract_mesh({"data": -1, "fsdp": size, "model": model}, self.devices) for size in more)]
+
+    def _parts(self, ways: int) -> list[int]:
+        """Numbers of micro-batches that split every batch evenly over the devices, from the config's own on where there are such."""
+        least = self.settings.train.micro_batches
+        even = [count for count in range(1, min(self.batches) // ways + 1) if not any(batch % (ways * count) for batch in self.batches)]
+        return [count for count in even if count >= least] or even or [least]
+
+    def _answering_advice(self) -> str:
+        needed = f"answering needs {memory.total(self.answering()) / 1e9:.1f} GB a device"
+        ways, rows = batch_ways(self.mesh), self.settings.evaluate.batch_size
+        while rows > ways:
+            rows = max(ways, rows // 2 // ways * ways)
+            evaluate = dataclasses.replace(self.settings.evaluate, batch_size=rows)
+            smaller = dataclasses.replace(self, settings=dataclasses.replace(self.settings, evaluate=evaluate))
+            if memory.total(smaller.answering()) <= self.usable:
+                return f"{needed}: it would fit with --config.evaluate.batch_size={rows}"
+        return (f"{needed}, even one question a device does not fit: lower config.evaluate.max_new_tokens or "
+                "config.evaluate.prompt_lengths, or split the backbone with config.mesh.fsdp")
+
+
+def most_rows(plan: MemoryPlan, bucket: tuple[int, int], limit: float) -> int:
+    """Most rows at once that a device of `limit` bytes trains on a bucket's shape; 0 where not even one fits."""
+    need = lambda rows: memory.total(
+        memory.training_memory(plan.settings, plan.llava, plan.stage, Load(rows, *bucket), plan.mesh))
+    none, one = need(0), need(1)
+    return max(0, int((memory.USABLE * limit - none) / (one - none)))  # every part is held once or grows with the rows
+
+
+def _one_part(settings: Settings) -> Settings:
+    return dataclasses.replace(settings, train=dataclasses.replace(settings.train, micro_batches=1))
+
+
+def _flags(before: MemoryPlan, after: MemoryPlan) -> str:
+    flags = []
+    if len(after.settings.data.buckets) < len(before.settings.data.buckets):
+        positions, labels = after.settings.data.buckets[-1]
+        shapes = str(after.settings.data.buckets).replace(" ", "")
+        flags.append(f"--config.data.max_length={positions} --config.data.max_labels={labels} --config.data.buckets={shapes}")
+    if after.settings.train.micro_batches != before.settings.train.micro_batches:
+        flags.append(f"--config.train.micro_batches={after.settings.train.micro_batches}")
+    if after.settings.model.remat != before.settings.model.remat:
+        flags.append(f"--config.model.remat={after.settings.model.remat}")
+    if after.mesh.shape["fsdp"] != before.mesh.shape["fsdp"]:
+        flags.append(f"--config.mesh.data=-1 --config.mesh.fsdp={after.mesh.shape['fsdp']}")
+    return f"{' '.join(flags)} ({after.rows} row(s) at once, {after.peak() / 1e9:.1f} GB)"
+
+
+def _columns(head: tuple[str, ...], columns: list[list[Part]]) -> str:
+    """Parts as lines, one column per shape, with the sum below."""
+    names = [part.name for part in columns[0]]
+    rows = [(name, *(f"{column[i].bytes / 1e9:.2f}" for column in columns)) for i, name in enumerate(names)]
+    rows.append(("all", *(f"{memory.total(column) / 1e9:.2f}" for column in columns)))
+    table = Table(("", *head), tuple(rows))
+    widths = [max(len(line[i]) for line in (table.head, *table.rows)) for i in range(len(table.head))]
+    align = lambda line: (cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+    return "\n".join("  ".join(align(line)).rstrip() for line in (table.head, *table.rows))

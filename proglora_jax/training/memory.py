@@ -1,0 +1,184 @@
+"""Memory of a device while it trains and while it answers: estimated from shapes, or read from the compiled step.
+
+What is held is exact: it follows from shapes, dtypes and shardings. What the backward pass keeps is counted from the names that a
+policy saves. The working set of the layer that is being computed depends on what the compiler fuses; its coefficients were fitted
+to the compiled training step of the 7B model (XLA for CPU, float32: 2 to 8 layers, 704 and 1,408 positions, every policy), and what a
+row adds there agrees within a tenth. A compiler for accelerators should fuse more; no accelerator has been asked yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from proglora_jax.core import mesh as meshes
+from proglora_jax.core import tree as trees
+from proglora_jax.core.types import PyTree
+from proglora_jax.models.llava import Llava
+from proglora_jax.training import optim, shapes
+from proglora_jax.training.settings import Settings
+from proglora_jax.training.shapes import StageShapes
+from proglora_jax.training.step import make_train_step
+
+RUNTIME = 1_500_000_000
+"""Bytes that the runtime and its libraries take on a device (assumed)."""
+USABLE = 0.92
+"""Share of a device's memory that a program can plan with: the rest is lost to fragments (assumed)."""
+
+
+class Part(NamedTuple):
+    """One line of a memory table, in bytes of one device."""
+
+    name: str
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """How much of a batch a device holds at once.
+
+    Attributes:
+        rows: rows of a micro-batch on one device.
+        positions: T, the padded length.
+        labels: K, slots of supervised tokens.
+    """
+
+    rows: int
+    positions: int
+    labels: int
+
+
+def training_memory(settings: Settings, llava: Llava, stage: StageShapes, load: Load, mesh: Any) -> list[Part]:
+    """What a device holds at the peak of a training step.
+
+    Args:
+        settings: the config.
+        llava: from `shapes.abstract_backbone`.
+        stage: a stage of `shapes.abstract_stages`.
+        load: what the device computes at once.
+        mesh: from `meshes.abstract_mesh`, or a real one.
+    """
+    trainable, frozen = trees.partition(stage.state.params, stage.mask)
+    size = trees.count_bytes(trainable)
+    copies = 1 if settings.train.micro_batches == 1 else 2  # the sum so far, and the newest part's
+    kept, work = activation_bytes(settings, llava, ranks_of(stage)[0], load)
+    return [
+        Part("frozen backbone", backbone_bytes(llava, mesh)),
+        Part("frozen blocks and keys", trees.count_bytes(frozen)),
+        Part("memory of the method", trees.count_bytes(stage.state.memory)),
+        Part("trainable", size),
+        Part("gradients", copies * size),
+        Part("Adam's moments", 2 * size),
+        Part(f"activations kept, remat {settings.model.remat}", kept),
+        Part("working set of a layer", work),
+        Part("runtime", RUNTIME),
+    ]
+
+
+def answering_memory(settings: Settings, llava: Llava, stage: StageShapes, load: Load, new_tokens: int, mesh: Any) -> list[Part]:
+    """What a device holds while it answers: prompts of `load`, and the cache with room for the answers."""
+    text = llava.config.text_config
+    width = jnp.dtype(settings.model.dtype).itemsize
+    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * (load.positions + new_tokens) * load.rows * width
+    # Two of a layer's widest values at once, and the scores of plain attention.
+    scores = 0 if settings.model.attention == "cudnn" else 2 * 4 * text.num_attention_heads * load.positions**2
+    inner = 2 * (text.intermediate_size + text.hidden_size) * load.positions * width
+    return [
+        Part("frozen backbone", backbone_bytes(llava, mesh)),
+        Part("blocks, keys, projector", trees.count_bytes(stage.state.params)),
+        Part("memory of the method", trees.count_bytes(stage.state.memory)),
+        Part("keys and values", cache),
+        Part("working set of a layer", load.rows * (scores + inner)),
+        Part("runtime", RUNTIME),
+    ]
+
+
+def total(parts: list[Part]) -> float:
+    """Sum of the parts, bytes."""
+    return sum(part.bytes for part in parts)
+
+
+def backbone_bytes(llava: Llava, mesh: Any) -> int:
+    """Bytes of the backbone on one device of a mesh, by the shardings of a run."""
+    count = 0
+    for path, leaf in trees.flatten(llava.to_tree()).items():
+        count += int(np.prod(meshes.backbone_sharding(path, leaf.shape, mesh).shard_shape(leaf.shape))) * leaf.dtype.itemsize
+    return count
+
+
+def ranks_of(stage: StageShapes) -> tuple[int, int]:
+    """Ranks of all blocks that a linear has, and of those that train; (0, 0) without an adapter."""
+    widths = {}
+    for name in ("block", "pool"):
+        first = next(iter(stage.state.params.get(name, {}).values()), None)
+        widths[name] = first["a"].shape[-1] if first else 0
+    return widths["block"] + widths["pool"], widths["block"]
+
+
+def activation_bytes(settings: Settings, llava: Llava, ranks: int, load: Load) -> tuple[float, float]:
+    """(what is kept for the backward pass over all layers, the working set of the layer at hand), bytes of one device."""
+    text, policy, width = llava.config.text_config, settings.model.remat, jnp.dtype(settings.model.dtype).itemsize
+    hidden, inner = text.hidden_size, text.intermediate_size
+    heads, narrow = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    attended, mlp = 2 * heads + 2 * narrow, hidden + 2 * inner
+    low_rank = 4 * ranks * len(llava.targets().linears)
+    inputs = 5 * hidden + heads + inner  # of the seven linears: each draws a dropout mask of its own
+    scores = 0 if settings.model.attention == "cudnn" else text.num_attention_heads * load.positions
+    outputs = heads + 2 * narrow + mlp
+    saved = {  # bytes per token and layer, the residual stream between layers aside
+        "full": 0,
+        "qkvo": width * attended + low_rank,
+        "qkvo_mlp": width * (attended + mlp) + low_rank,
+        "dots": width * outputs + (4 * outputs if ranks else 0) + low_rank,
+        "none": width * (attended + mlp + inputs) + 4 * (4 * hidden + 2 * inner + scores) + low_rank,
+    }
+    tokens = load.rows * load.positions
+    kept = tokens * text.num_hidden_layers * (width * hidden + saved[policy])
+    again = max(0, width * (attended + mlp) + low_rank - saved[policy])
+    work = tokens * (3.5 * width * (inputs + outputs) + 1.6 * again + 2.2 * 4 * scores)
+    head = 3 * 4 * load.rows * load.labels * text.vocab_size
+    return kept, max(work, head)
+
+
+def compiled_memory(settings: Settings, llava: Llava, stage: StageShapes, rows: int, bucket: tuple[int, int], mesh: Mesh) -> list[Part]:
+    """What the compiler plans for the real training step on one device of a mesh; compiles, and allocates nothing.
+
+    Args:
+        settings, llava, stage: as `training_memory`.
+        rows: rows of a whole batch.
+        bucket: (positions, label slots).
+        mesh: of devices that are there.
+    """
+    same = meshes.replicated(mesh)
+    place = lambda tree, sharding: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+    tree = {path: place(leaf, meshes.backbone_sharding(path, leaf.shape, mesh)) for path, leaf in trees.flatten(llava.to_tree()).items()}
+    model = Llava.from_tree(llava.config, trees.unflatten(tree), llava.settings)
+    trainable, frozen = trees.partition(stage.state.params, stage.mask)
+    moments = jax.eval_shape(optim.transform(settings.train).init, trainable)
+    batch = place(shapes.abstract_batch(rows, bucket, llava.config.vision_config.image_size), meshes.batch_sharding(mesh))
+    step = make_train_step(settings.method, settings.train, settings.model.remat, False, mesh)
+    held = [place(part, same) for part in (trainable, moments, frozen, stage.state.memory)]
+    analysis = step.lower(*held, model, batch, place(_control(settings), same)).compile().memory_analysis()
+    if analysis is None:
+        return []
+    return [
+        Part("arguments", analysis.argument_size_in_bytes),
+        Part("results that take no argument's place", analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
+        Part("temporaries", analysis.temp_size_in_bytes),
+        Part("runtime", RUNTIME),
+    ]
+
+
+def _control(settings: Settings) -> PyTree:
+    """What a step is told beside its batch, as shapes."""
+    rates = optim.learning_rates(settings.train, settings.method, 0, 1)
+    return {
+        "stage": jax.ShapeDtypeStruct((), jnp.int32), "step": jax.ShapeDtypeStruct((), jnp.int32),
+        "progress": jax.ShapeDtypeStruct((), jnp.float32), "key": jax.eval_shape(lambda: jax.random.key(0)),
+        "rates": {name: jax.ShapeDtypeStruct((), jnp.float32) for name in rates},
+    }

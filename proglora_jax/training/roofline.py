@@ -1,0 +1,74 @@
+"""Work of a training step and of an answer in floating-point operations, from the model's sizes; and the time it takes at a stated peak."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from proglora_jax.core.types import Targets
+from proglora_jax.models.presets import LlavaConfig
+
+# What the backward pass computes again of a layer's forward pass: names of linears, "attention", or "all".
+_AGAIN = {"none": (), "dots": ("attention",), "qkvo_mlp": (), "qkvo": ("o_proj", "gate_proj", "up_proj"), "full": ("all",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Floating-point operations of one row.
+
+    Attributes:
+        model: what any implementation must do, the numerator of MFU: linears forward and backward through frozen weights (4 per
+            parameter and token), causal attention, and the head at the supervised positions.
+        total: what this one does: also the vision tower, the projector, the adapter, and what the remat policy computes again.
+    """
+
+    model: float
+    total: float
+
+
+def training_work(config: LlavaConfig, targets: Targets, positions: int, labels: int, remat: str, ranks: int, own_ranks: int) -> Work:
+    """One row's forward and backward pass with a frozen backbone.
+
+    Args:
+        config: sizes.
+        targets: the adapted linears.
+        positions: T, image included.
+        labels: supervised positions, K.
+        remat: rematerialisation policy.
+        ranks: ranks of all blocks together.
+        own_ranks: those that train.
+    """
+    text = config.text_config
+    linears = {name: d_in * d_out * text.num_hidden_layers for name, (d_in, d_out) in targets.linears.items()}
+    forward = 2 * sum(linears.values()) * positions
+    mixing = _attention(config, positions)
+    head = 2 * labels * text.hidden_size * text.vocab_size
+    width = text.num_hidden_layers * sum(d_in + d_out for d_in, d_out in targets.linears.values())
+    low_rank = 2 * width * ranks * positions
+    model = 2 * forward + 3 * mixing + 2 * head
+    again = sum(2 * linears.get(name, 0) * positions for name in _AGAIN[remat])
+    again += mixing if _AGAIN[remat] == ("attention",) else forward + mixing + low_rank if _AGAIN[remat] == ("all",) else 0
+    adapter = 2 * low_rank + 2 * width * own_ranks * positions
+    projected = 2 * config.image_tokens * (config.vision_config.hidden_size * text.hidden_size + text.hidden_size**2)
+    projector = 2 * projected + 2 * config.image_tokens * text.hidden_size**2  # no gradient goes into the vision tower
+    return Work(model, model + again + adapter + vision_work(config) + projector)
+
+
+def prefill_work(config: LlavaConfig, targets: Targets, positions: int, ranks: int) -> float:
+    """Operations of reading one prompt, its image included; new tokens are bound by memory and not counted."""
+    text = config.text_config
+    per_token = sum(d_in * d_out + ranks * (d_in + d_out) for d_in, d_out in targets.linears.values()) * text.num_hidden_layers
+    return 2 * per_token * positions + _attention(config, positions) + vision_work(config)
+
+
+def vision_work(config: LlavaConfig) -> float:
+    """Operations of the vision tower's layers that the feature layer needs, for one image."""
+    vision = config.vision_config
+    tokens = vision.num_patches + 1
+    linears = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    return config.vision_layers_run * (2 * linears * tokens + 4 * tokens**2 * vision.hidden_size)
+
+
+def _attention(config: LlavaConfig, positions: int) -> float:
+    """Causal attention of all layers, forward: half of the two products."""
+    text = config.text_config
+    return 2 * positions**2 * text.num_attention_heads * text.head_dim * text.num_hidden_layers

@@ -1,0 +1,122 @@
+"""What a run holds, as shapes: the backbone, a batch and the method's state stage by stage, without an array; and tables of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from proglora_jax.core import tree as trees
+from proglora_jax.core.types import CLState, PyTree
+from proglora_jax.data.batch import collate
+from proglora_jax.methods.base import Method, TaskInfo
+from proglora_jax.models.layers import Settings as ModelOptions
+from proglora_jax.models.llava import Llava, abstract_llava
+from proglora_jax.models.presets import LlavaConfig
+from proglora_jax.training.console import ParameterRow, parameter_table
+from proglora_jax.training.settings import ModelSettings
+from proglora_jax.training.step import make_probe
+
+
+class StageShapes(NamedTuple):
+    """A stage as its training begins: the task, the state (leaves are shapes), and {path: whether it trains}."""
+
+    info: TaskInfo
+    state: CLState
+    mask: Mapping[str, bool]
+
+
+def abstract_backbone(config: LlavaConfig, settings: ModelSettings) -> Llava:
+    """The backbone as a run would hold it, leaves are jax.ShapeDtypeStruct."""
+    options = ModelOptions(settings.dtype, settings.attention, settings.unroll)
+    return abstract_llava(config, jnp.dtype(settings.param_dtype), options)
+
+
+def abstract_batch(rows: int, bucket: tuple[int, int], image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of (T, K) positions and label slots, with the fields and dtypes of data/batch.py."""
+    # No rows take no memory, and show which fields there are.
+    fields = collate([], bucket, 0, (image_size, image_size))
+    return {name: jax.ShapeDtypeStruct((rows, *field.shape[1:]), field.dtype) for name, field in fields.items()}
+
+
+def abstract_stages(method: Method, llava: Llava, tasks: Sequence[str], sizes: Sequence[int], mesh: Mesh) -> Iterator[StageShapes]:
+    """The states of a whole sequence, as the method's own hooks make them grow.
+
+    Args:
+        method: the method.
+        llava: from `abstract_backbone`.
+        tasks: names of the stages.
+        sizes: training examples of each.
+        mesh: any mesh; nothing is placed on it.
+    """
+    targets, total = llava.targets(), len(tasks)
+    state = jax.eval_shape(lambda projector: method.init(targets, projector, total, trees.SHAPES_ONLY), llava.projector_params())
+    probe = _abstract_probe(method, llava, mesh)
+    for index, (name, size) in enumerate(zip(tasks, sizes, strict=True)):
+        info = TaskInfo(index, name, total, size, np.zeros(index, np.float32), trees.SHAPES_ONLY)
+        state = jax.eval_shape(lambda state: method.start_task(state, info, probe), state)
+        yield StageShapes(info, state, method.trainable_mask(state, info))
+        if size:
+            state = jax.eval_shape(lambda state: method.end_task(state, info, probe), state)
+
+
+def _abstract_probe(method: Method, llava: Llava, mesh: Mesh) -> Callable[[CLState, np.ndarray], dict[str, jax.Array]]:
+    """`Method.probe` on any number of samples, for its shapes: zeros, or tracers under jax.eval_shape."""
+
+    def probe(state: CLState, rows: np.ndarray) -> dict[str, jax.Array]:
+        batch = abstract_batch(1, (llava.config.image_tokens + 1, 1), llava.config.vision_config.image_size)
+        like = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), tree)
+        out = jax.eval_shape(make_probe(method, mesh), like(state.params), like(state.memory), llava, batch, like(state.stage))
+        return {name: jnp.zeros((len(rows), *leaf.shape[1:]), leaf.dtype) for name, leaf in out.items()}
+
+    return probe
+
+
+def parameter_rows(params: PyTree, mask: Mapping[str, bool], backbone: Mapping[str, Any], stage: int) -> list[ParameterRow]:
+    """One row per group of parameters that train or rest together: the method's first, then the backbone's.
+
+    Args:
+        params: the state's parameters; arrays or shapes.
+        mask: {path: whether it trains}.
+        backbone: the frozen model's tree.
+        stage: index of the stage: so many slots of a pool are filled.
+    """
+    rows = []
+    for (name, trains), leaves in _groups(params, mask).items():
+        label = name
+        if name == "pool" and "block" in params:
+            slots = trees.count_parameters(leaves) // max(1, trees.count_parameters(params["block"]))
+            label = f"pool, {min(stage, slots)} of {slots} slots filled"
+        rows.append(ParameterRow(label, len(leaves), trees.count_parameters(leaves), trees.count_bytes(leaves), trains))
+    return rows + [
+        ParameterRow(f"backbone/{name}", len(jax.tree.leaves(part)), trees.count_parameters(part), trees.count_bytes(part), False)
+        for name, part in backbone.items()
+    ]
+
+
+def trainable_counts(params: PyTree, mask: Mapping[str, bool]) -> dict[str, int]:
+    """{group: parameters} of what trains."""
+    return {name: trees.count_parameters(leaves) for (name, trains), leaves in _groups(params, mask).items() if trains}
+
+
+def describe_parameters(params: PyTree, mask: Mapping[str, bool], backbone: Mapping[str, Any], stage: int) -> str:
+    """The table that a stage begins with, and the counts by the papers' conventions below it; arguments as `parameter_rows`."""
+    counts = trainable_counts(params, mask)
+    lines = [parameter_table(parameter_rows(params, mask, backbone, stage))]
+    if counts.get("block"):
+        adapter = sum(count for name, count in counts.items() if name != "mm_projector")
+        stored = counts["block"] * (stage + 1) if "pool" in params else counts["block"]
+        lines.append(f"as the papers count, without the mm_projector: {adapter:,} train ({adapter / 1e6:.1f} M); "
+                     f"blocks learned so far and now: {stored:,} ({stored / 1e6:.1f} M)")
+    return "\n".join(lines)
+
+
+def _groups(params: PyTree, mask: Mapping[str, bool]) -> dict[tuple[str, bool], list]:
+    groups: dict[tuple[str, bool], list] = {}
+    for path, leaf in trees.flatten(params).items():
+        groups.setdefault((path.split("/")[0], mask[path]), []).append(leaf)
+    return groups
