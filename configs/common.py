@@ -24,7 +24,10 @@ METHODS = {
 
 # Every field of every section but the method, with the values for the 7B model on the real benchmark.
 SECTIONS = {
-    "model": {"path": "", "dtype": "bfloat16", "param_dtype": "bfloat16", "attention": "xla", "remat": "qkvo_mlp", "unroll": 1},
+    "model": {
+        "path": "", "vision_path": "", "projector_path": "", "dtype": "bfloat16", "param_dtype": "bfloat16", "attention": "xla",
+        "remat": "qkvo_mlp", "unroll": 1,
+    },
     "data": {
         "benchmark": "coin", "root": "", "tasks": "coin", "instruction_set": "Original", "template": "vicuna_v1", "max_length": 2048,
         "max_labels": 0, "buckets": ((704, 128), (1024, 512), (1536, 1024), (2048, 2048)), "train_examples": 0,

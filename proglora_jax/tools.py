@@ -1,4 +1,4 @@
-"""Verbs for people: report, compare, make-benchmark, make-base (python -m proglora_jax.tools VERB --help)."""
+"""Verbs for people: report, compare, convert, make-benchmark, make-base (python -m proglora_jax.tools VERB --help)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m proglora_jax.tools", description="Tools around proglora_jax.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for add in (_add_report, _add_compare, _add_make_benchmark, _add_make_base):
+    for add in (_add_report, _add_compare, _add_convert, _add_make_benchmark, _add_make_base):
         add(verbs)
     arguments = parser.parse_args(argv)
     try:
@@ -66,6 +66,25 @@ def _compare(arguments) -> None:
     named = [item.partition("=") if "=" in item else ("", "", item) for item in arguments.workdirs]
     labels = [label for label, _, _ in named] if any(label for label, _, _ in named) else None
     print(compare_runs([folder for _, _, folder in named], labels))
+
+
+def _add_convert(verbs) -> None:
+    parser = verbs.add_parser("convert", help="Weights in and out: any LLaVA to a clean folder, a run's stage to Hugging Face.")
+    ways = parser.add_subparsers(title="ways", required=True, metavar="WAY")
+    way = _verb(ways, "from-hf", "Read a LLaVA in any published layout and write it as one clean Hugging Face folder.", _from_hf)
+    way.add_argument("folder", help="folder of a LLaVA (transformers 4 or 5, original), or of its language model (Vicuna)")
+    way.add_argument("--out", required=True, help="folder to write; must be empty or absent")
+    way.add_argument("--vision", help="folder of a CLIP, for a folder without a vision tower")
+    way.add_argument("--projector", help="the projector's file (pretrain_mm_mlp_adapter, mm_projector.bin) or its folder")
+    way.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: each tensor as it is")
+    way.add_argument("--style", choices=("hub", "transformers5", "memory", "original"), default="hub", help="of the tensors' names")
+
+
+def _from_hf(arguments) -> None:
+    from proglora_jax.checkpoints.hf_convert import convert_from_hf
+
+    places = {"vision_folder": arguments.vision, "projector_file": arguments.projector}
+    convert_from_hf(arguments.folder, arguments.out, **places, style=arguments.style, dtype=arguments.dtype)
 
 
 def _add_make_benchmark(verbs) -> None:
