@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from proglora_jax.checkpoints.hf_export import VISION_FOLDER, processor_fields, save_source
+from proglora_jax.checkpoints.hf_export import VISION_FOLDER, Change, processor_fields, save_source
 from proglora_jax.checkpoints.sources import Path, Source, find_source
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.tokens import load_tokenizer
@@ -49,26 +50,80 @@ def convert_from_hf(
     Raises:
         UserError: as `sources.find_source`, `data.tokens.load_tokenizer` and `hf_export.save_source`; "<out>: is not empty ..."
     """
-    out = pathlib.Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is not empty; choose another folder or remove it")
+    check_free(out)
     source = find_source(folder, vision_folder, projector_file)
     log(f"found {source.describe()}")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        files = save_source(source, partial, style=style, dtype=dtype)
+    return write_folder(source, out, style=style, dtype=dtype, log=log)
+
+
+def write_folder(
+    source: Source,
+    out: Path,
+    *,
+    style: str = "hub",
+    dtype: Any = None,
+    change: Change | None = None,
+    check: Callable[[pathlib.Path], None] | None = None,
+    log: Callable[[str], None] = print,
+) -> list[pathlib.Path]:
+    """Writes weights, config, tokenizer and image settings of a model on disk; all or nothing.
+
+    Args:
+        source: the model.
+        out: where to write; must be absent or empty.
+        style: see `hf_export.save_source`.
+        dtype: see `hf_export.save_source`.
+        change: see `hf_export.save_source`.
+        check: looks at the folder before it gets its name; what it raises undoes everything.
+        log: takes a line of text.
+
+    Returns:
+        The weight files.
+
+    Raises:
+        UserError: as `convert_from_hf`.
+    """
+    with whole_folder(out) as partial:
+        files = save_source(source, partial, style=style, dtype=dtype, change=change)
         for line in [copy_tokenizer(source, partial), copy_image_settings(source, partial, apart=style == "original")]:
             if line:
                 log(line)
+        if check is not None:
+            check(partial)
+    log(f"wrote {out}")
+    return [pathlib.Path(out) / file.relative_to(partial) for file in files]
+
+
+def check_free(out: Path) -> None:
+    """Refuses a place that something lies at.
+
+    Raises:
+        UserError: "<out>: is not empty; choose another folder or remove it"
+    """
+    out = pathlib.Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not empty; choose another folder or remove it")
+
+
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[pathlib.Path]:
+    """A folder to write into, which gets the name `out` at the end; after an error nothing is left of it.
+
+    Raises:
+        UserError: as `check_free`.
+    """
+    out = pathlib.Path(out).absolute()
+    check_free(out)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
         if out.exists():
             out.rmdir()
         partial.rename(out)
-    except BaseException:
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    log(f"wrote {out}")
-    return [out / file.relative_to(partial) for file in files]
 
 
 def copy_tokenizer(source: Source, out: pathlib.Path) -> str:
@@ -97,11 +152,10 @@ def copy_tokenizer(source: Source, out: pathlib.Path) -> str:
 
 def copy_image_settings(source: Source, out: pathlib.Path, *, apart: bool = False) -> str:
     """Copies how images are prepared, into the vision tower's own folder if that is `apart`. Returns a warning, "" for none."""
-    places = [out / VISION_FOLDER] if apart else [out]
+    place = out / VISION_FOLDER if apart else out
     found = [name for name in IMAGE_FILES if (source.image_folder / name).exists()]
-    for place in places:
-        for name in found:
-            shutil.copyfile(source.image_folder / name, place / name)
+    for name in found:
+        shutil.copyfile(source.image_folder / name, place / name)
     if not apart and IMAGE_FILES[1] not in found:
         (out / IMAGE_FILES[1]).write_text(json.dumps(processor_fields(source.config), indent=2) + "\n", encoding="utf-8")
     return "" if found else f"warning: {source.image_folder} holds no {IMAGE_FILES[0]}; put one beside the weights before a run"

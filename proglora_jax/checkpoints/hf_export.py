@@ -19,6 +19,7 @@ from proglora_jax.models.llava import Llava
 from proglora_jax.models.presets import LlavaConfig
 
 VISION_FOLDER = "vision_tower"
+Change = Callable[[str, np.ndarray, np.dtype], np.ndarray]
 _VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 
 
@@ -49,7 +50,7 @@ def save_source(
     *,
     style: str = "hub",
     dtype: Any = None,
-    change: Callable[[str, np.ndarray], np.ndarray] | None = None,
+    change: Change | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[pathlib.Path]:
     """Writes a model that lies on disk anew, from file to file, one tensor in memory at a time.
@@ -60,7 +61,7 @@ def save_source(
         style: of the names, see `names.STYLES`; "original" makes the layout of original LLaVA: a vocabulary that ends before <image>,
             and the vision tower in a folder of its own.
         dtype: of all tensors; None leaves each as it is, so that nothing is lost.
-        change: (name in the table, values) -> values in their place.
+        change: (name in the table, values, dtype to be written) -> values of that dtype in their place.
         shard_bytes: a new file is begun before this size is passed.
 
     Returns:
@@ -90,7 +91,7 @@ def hf_entries(llava: Llava) -> list[Entry]:
     return entries
 
 
-def source_entries(source: Source, dtype: Any = None, change: Callable[[str, np.ndarray], np.ndarray] | None = None) -> list[Entry]:
+def source_entries(source: Source, dtype: Any = None, change: Change | None = None) -> list[Entry]:
     """The tensors of a model on disk by their names in the table, with the rows of the vocabulary that its config has."""
     entries = []
     for name, shape in disk_names(source.config):
@@ -103,7 +104,7 @@ def source_entries(source: Source, dtype: Any = None, change: Callable[[str, np.
                 new = np.mean(array, axis=0, dtype=np.float32, keepdims=True).astype(array.dtype)
                 array = np.concatenate([array, np.broadcast_to(new, (shape[0] - array.shape[0], *shape[1:]))])
             if change is not None:
-                array = change(name, array)
+                array = change(name, array, target)
             return np.ascontiguousarray(array, target)
 
         entries.append(Entry(name, target, shape, read))
