@@ -25,7 +25,8 @@ METHODS = {
 # Every field of every section but the method, with the values for the 7B model on the real benchmark.
 SECTIONS = {
     "model": {
-        "path": "", "preset": "", "dtype": "bfloat16", "param_dtype": "bfloat16", "attention": "xla", "remat": "qkvo_mlp", "unroll": 1,
+        "path": "", "vision_path": "", "projector_path": "", "preset": "", "dtype": "bfloat16", "param_dtype": "bfloat16",
+        "attention": "xla", "remat": "qkvo_mlp", "unroll": 1,
     },
     "data": {
         "benchmark": "coin", "root": "", "tasks": "coin", "instruction_set": "Original", "template": "vicuna_v1", "max_length": 2048,

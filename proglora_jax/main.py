@@ -40,6 +40,7 @@ _FREE = {
     "run.log_every_steps", "run.checkpoint_every_steps", "run.tensorboard", "run.compilation_cache", "run.isolated_results",
     "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_image", "data.buckets",
     "evaluate.batch_size", "evaluate.prompt_lengths", "mesh.data", "mesh.fsdp", "mesh.model",
+    "model.vision_path", "model.projector_path",  # the hash of the backbone's files in every stage says whether they are the same
 }
 # What a full, read-only or broken disk says, and files where folders should be; anything else is not for the user to mend.
 _DISK = {
@@ -66,8 +67,6 @@ def main(argv: list[str]) -> None:
 
 def _run_flags(config: dict[str, Any]) -> None:
     # Imported here: --help and a mistyped flag should not wait for jax.
-    import jax
-
     from proglora_jax.training.console import setup_console
     from proglora_jax.training.loop import Stopped
 

@@ -1,4 +1,7 @@
-"""Verbs for people: report, compare, check-data, doctor, make-benchmark, make-base (python -m proglora_jax.tools VERB --help)."""
+"""Verbs for people: report, compare, check-data, doctor, convert, make-benchmark, make-base.
+
+Each explains itself: python -m proglora_jax.tools VERB --help.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m proglora_jax.tools", description="Tools around proglora_jax.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for add in (_add_report, _add_compare, _add_check_data, _add_doctor, _add_make_benchmark, _add_make_base):
+    for add in (_add_report, _add_compare, _add_check_data, _add_doctor, _add_convert, _add_make_benchmark, _add_make_base):
         add(verbs)
     arguments, rest = parser.parse_known_args(argv)
     if rest and not hasattr(arguments, "overrides"):
@@ -119,7 +122,7 @@ def _encoder(arguments):
 
     folder, patches, vocab_size = arguments.tokenizer, arguments.image_tokens, 0
     if arguments.model:
-        from proglora_jax.checkpoints.hf_import import read_config
+        from proglora_jax.checkpoints.sources import read_config
         from proglora_jax.continual.session import model_folder
 
         folder = model_folder(arguments.model)
@@ -151,6 +154,50 @@ def _doctor(arguments) -> None:
     machine = Machine(arguments.devices, arguments.memory_gb, arguments.peak_tflops, arguments.utilization, arguments.step_seconds,
                       arguments.step_rows, arguments.positions)
     print(diagnose(load_config(arguments.config, arguments.overrides), machine, compile_step=arguments.compile))
+
+
+def _add_convert(verbs) -> None:
+    parser = verbs.add_parser("convert", help="Weights in and out: any LLaVA to a clean folder, a run's stage to Hugging Face.")
+    ways = parser.add_subparsers(title="ways", required=True, metavar="WAY")
+    way = _verb(ways, "from-hf", "Read a LLaVA in any published layout and write it as one clean Hugging Face folder.", _from_hf)
+    way.add_argument("folder", help="folder of a LLaVA (transformers 4 or 5, original), or of its language model (Vicuna)")
+    way.add_argument("--out", required=True, help="folder to write; must be empty or absent")
+    way.add_argument("--vision", help="folder of a CLIP, for a folder without a vision tower")
+    way.add_argument("--projector", help="the projector's file (pretrain_mm_mlp_adapter, mm_projector.bin) or its folder")
+    way.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: each tensor as it is")
+    way.add_argument("--style", choices=("hub", "transformers5", "memory", "original"), default="hub", help="of the tensors' names")
+
+    way = _verb(ways, "to-hf", "Write a trained stage as a PEFT adapter, or merged into a LLaVA folder.", _to_hf)
+    way.add_argument("workdir", help="folder of the run")
+    way.add_argument("--out", required=True, help="folder to write; must be empty or absent")
+    way.add_argument("--kind", choices=("adapter", "merged"), default="adapter")
+    way.add_argument("--stage", help="number as in the stage's folder, or the task's name; default: the last one that is trained")
+    way.add_argument("--task", help="whose fused block, for methods that fuse by task; default: the stage's own")
+    way.add_argument("--block", type=int, help="one block as it was trained, without gates, counted from 0 (adapter only)")
+    way.add_argument("--base", help="folder of the backbone, where it is not where the run found it")
+    way.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of merged weights; default: the backbone's formats")
+    way.add_argument("--verify", action="store_true", help="reload it with torch (and peft) in f32 and compare logits first")
+
+
+def _to_hf(arguments) -> None:
+    from proglora_jax.continual.export import export_adapter, export_merged
+
+    places = {name: getattr(arguments, name) for name in ("stage", "task", "base", "verify")}
+    if arguments.kind == "merged":
+        if arguments.block is not None:
+            raise UserError("--block: a block alone is an adapter, not a model; use --kind adapter")
+        export_merged(arguments.workdir, arguments.out, dtype=arguments.dtype, **places)
+    else:
+        if arguments.dtype is not None:
+            raise UserError("--dtype: adapters are written in float32, as they were trained; use it with --kind merged")
+        export_adapter(arguments.workdir, arguments.out, block=arguments.block, **places)
+
+
+def _from_hf(arguments) -> None:
+    from proglora_jax.checkpoints.hf_convert import convert_from_hf
+
+    places = {"vision_folder": arguments.vision, "projector_file": arguments.projector}
+    convert_from_hf(arguments.folder, arguments.out, **places, style=arguments.style, dtype=arguments.dtype)
 
 
 def _add_make_benchmark(verbs) -> None:

@@ -255,6 +255,10 @@ def test_weights_of_another_shape(refuse, model):
 def test_a_tokenizer_of_another_model(refuse, model):
     rows = json.loads((model / "config.json").read_text())["text_config"]["vocab_size"]
     edit(model / "config.json", lambda c: c["text_config"].update(vocab_size=rows - 9))
+    assert "lm_head.weight has shape [612, 16], but config.json asks for [603, 16]" in refuse(model__path=str(model))
+    tensors = load_file(model / "model.safetensors")
+    cut = {name: array[: rows - 9] if array.shape[0] == rows else array for name, array in tensors.items()}
+    save_file(cut, model / "model.safetensors")
     assert f"the tokenizer has {rows} ids but the model's vocabulary has {rows - 9} rows" in refuse(model__path=str(model))
 
 
@@ -485,3 +489,8 @@ def test_a_full_disk_while_answering(refuse, here, tmp_path):
     assert "File too large; mend that and run the same command again: it goes on from what was saved" in text
     main.run(copy.deepcopy(config), tmp_path / "run")
     assert (tmp_path / "run" / "report.md").exists()
+
+
+def test_a_setting_that_the_model_or_the_dtype_cannot_do(refuse):
+    assert "config.method.routing_layer=99: the model has 2 layers" in refuse("proglora_dynamic", method__routing_layer=99)
+    assert "config.model.attention='cudnn': computes in 16 bits only" in refuse(model__attention="cudnn", model__dtype="float32")

@@ -1,226 +1,119 @@
-"""Reads a LLaVA from a Hugging Face folder (config.json and safetensors), tensor by tensor, into the stacked arrays of the model."""
+"""Reads a LLaVA from Hugging Face or original LLaVA files, tensor by tensor, into the stacked arrays of the model, on the mesh."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import hashlib
-import json
-import pathlib
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  numpy knows bfloat16 only once this is imported, and safetensors asks numpy
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Mesh, Sharding
 
-from proglora_jax.checkpoints.names import Row, canonical, llava_rows
-from proglora_jax.data.errors import UserError, raise_collected
+from proglora_jax.checkpoints.names import Row, llava_rows
+from proglora_jax.checkpoints.sources import Path, Source, find_source
+from proglora_jax.checkpoints.tensors import largest
+from proglora_jax.core import mesh as meshes
 from proglora_jax.models.layers import Settings
-from proglora_jax.models.llava import Llava, abstract_llava, build
-from proglora_jax.models.presets import ClipConfig, LlamaConfig, LlavaConfig
+from proglora_jax.models.llava import Llava, build
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_FLOATS = ("F16", "BF16", "F32", "F64")
+# A stacked parameter up to this many bytes is put together on the host and sent at once; a larger one goes layer by layer.
+STACK_ON_HOST = 64 << 20
 
 
 def load_llava(
-    folder: str | pathlib.Path,
+    folder: Path,
     dtype: Any = jnp.bfloat16,
     *,
     settings: Settings | None = None,
-    vision_folder: str | pathlib.Path | None = None,
-    projector_file: str | pathlib.Path | None = None,
-    place: Callable[[str, np.ndarray], jax.Array] | None = None,
+    vision_folder: Path | None = None,
+    projector_file: Path | None = None,
+    mesh: Mesh | None = None,
 ) -> Llava:
-    """Loads a LLaVA.
-
-    Args:
-        folder: holds config.json and model.safetensors (or shards and their index), with names of transformers 4.x or 5.x or of
-            the original LLaVA. A folder with a Llama alone (Vicuna) needs the two below.
-        dtype: of the parameters in memory.
-        settings: compute dtype and attention; default: computes in `dtype`.
-        vision_folder: folder of a CLIP, for a `folder` without a vision tower.
-        projector_file: safetensors file with the projector's four tensors; wins over those in `folder`.
-        place: (path, array) -> array on the devices; default puts all on the default device. The array is not used afterwards.
-
-    Returns:
-        The model. No more than one stacked parameter is on the host at a time.
+    """Finds and loads a LLaVA, see `sources.find_source` and `load_source`.
 
     Raises:
-        UserError: "<folder>: no such folder ...", "<folder>: config.json is missing ...", "<file>: cannot be read as safetensors ...",
-            or "<folder>: <count> problem(s): no tensor <name>; ..." for all missing, unexpected and misshapen tensors at once.
+        UserError: as `sources.find_source`.
     """
-    config = read_config(folder, vision_folder)
-    sources = [index_file(projector_file)] if projector_file else []
-    sources += [index_folder(path) for path in (folder, vision_folder) if path]
-    tensors: dict[str, _Tensor] = {}
-    for source in sources:
-        tensors = {**source, **tensors}
-    rows = llava_rows(tied=config.tie_word_embeddings, projector_bias=config.multimodal_projector_bias)
-    table = {row.path: row for row in rows}
-    _check(folder, config, table, tensors)
-    target, place = np.dtype(dtype), place or (lambda path, array: jnp.asarray(array))
+    return load_source(find_source(folder, vision_folder, projector_file), dtype, settings=settings, mesh=mesh)
+
+
+def load_source(source: Source, dtype: Any = jnp.bfloat16, *, settings: Settings | None = None, mesh: Mesh | None = None) -> Llava:
+    """Loads a LLaVA that was found.
+
+    Besides the arrays on the devices, the host holds at most two tensors as they lie on disk at a time (a stacked parameter that is
+    smaller than the largest tensor, or than 64 MiB, counts as one): files are memory-mapped, and layers are sent one by one into the
+    array on the devices.
+
+    Args:
+        source: where it lies.
+        dtype: of the parameters in memory.
+        settings: compute dtype and attention; default: computes in `dtype`.
+        mesh: the devices, on which the parameters lie as core/mesh.py says; default: the default device.
+
+    Returns:
+        The model. Rows of the vocabulary that are not on disk are the mean of those that are.
+    """
+    config, target = source.config, np.dtype(dtype)
+    table = {row.path: row for row in llava_rows(tied=config.tie_word_embeddings, projector_bias=config.multimodal_projector_bias)}
+    elements = max(largest(list(source.tensors.values())), STACK_ON_HOST) // target.itemsize
 
     def leaf(path: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-        return place(path, _read(table[path], abstract.shape, target, tensors))
+        shape = abstract.shape
+        sharding = meshes.backbone_sharding(path, shape, mesh) if mesh is not None else None
+        if table[path].stacked and abstract.size > elements:
+            return _send_layers(shape, target, _layers(source, table[path], shape[0], target), sharding)
+        return _send(_whole(source, table[path], shape, target), sharding)
 
     return build(config, leaf, settings or Settings(dtype=target.name))
 
 
-def read_config(folder: str | pathlib.Path, vision_folder: str | pathlib.Path | None = None) -> LlavaConfig:
-    """Reads the sizes of the model from config.json, of a LLaVA or of a Llama and a CLIP in two folders.
-
-    Raises:
-        UserError: "<folder>: no such folder ...", "<folder>: config.json is missing ...", "<file>: <field>=<value> is not supported ..."
-    """
-    fields = _read_json(folder, CONFIG)
-    try:
-        if "vision_config" in fields or "text_config" in fields:
-            return LlavaConfig.from_hf(fields)
-        if vision_folder is None:
-            raise UserError(
-                f"{folder}: {CONFIG} describes a language model without a vision tower; give the folder of a CLIP as vision_folder"
-            )
-        text = LlamaConfig.from_hf({**fields, "model_type": "llama"})
-        vision = ClipConfig.from_hf(_read_json(vision_folder, CONFIG))
-        layer = fields.get("mm_vision_select_layer", LlavaConfig.vision_feature_layer)
-        return LlavaConfig(text_config=text, vision_config=vision, vision_feature_layer=layer)
-    except UserError:
-        raise
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{pathlib.Path(folder) / CONFIG}: {error}") from error
+def _whole(source: Source, row: Row, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """One of our parameters on the host, all its layers, in an array of its own."""
+    if row.stacked:
+        whole = np.empty(shape, dtype)
+        for index, name in enumerate(row.names(shape[0])):
+            whole[index] = row.read(source.tensors[name].read())
+        return whole
+    stored = row.read(source.tensors[row.name].read())
+    whole = np.empty(shape, dtype)
+    whole[tuple(map(slice, stored.shape))] = stored
+    if stored.shape != shape:  # a vocabulary that grows
+        axis = next(i for i, (here, there) in enumerate(zip(stored.shape, shape)) if here != there)
+        new = [slice(None)] * len(shape)
+        new[axis] = slice(stored.shape[axis], None)
+        whole[tuple(new)] = np.mean(stored, axis=axis, dtype=np.float32, keepdims=True).astype(stored.dtype)
+    return whole
 
 
-def index_folder(folder: str | pathlib.Path) -> dict[str, _Tensor]:
-    """Canonical name -> where the tensor lies, for all safetensors files of a folder; reads headers only.
-
-    Raises:
-        UserError: "<folder>: holds no model.safetensors ..." and as `index_file`.
-    """
-    folder = _existing(folder)
-    if (folder / INDEX).exists():
-        shards = _read_json(folder, INDEX).get("weight_map")
-        if not isinstance(shards, Mapping):
-            raise UserError(f"{folder / INDEX}: has no weight_map; download the file again")
-        files = sorted(set(shards.values()))
-    elif (folder / WEIGHTS).exists():
-        files = [WEIGHTS]
-    else:
-        others = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f" (found {others[0]}, a pickle: load it with transformers and save_pretrained it)" if others else ""
-        raise UserError(f"{folder}: holds no {WEIGHTS} and no {INDEX}{hint}")
-    missing = [f"{name} is missing" for name in files if not (folder / name).exists()]
-    raise_collected(missing, str(folder), "Download these files again.")
-    tensors: dict[str, _Tensor] = {}
-    for name in files:
-        tensors.update(index_file(folder / name))
-    return tensors
+def _layers(source: Source, row: Row, count: int, dtype: np.dtype) -> Iterator[np.ndarray]:
+    for name in row.names(count):
+        yield np.array(row.read(source.tensors[name].read()), dtype, order="C")
 
 
-def index_file(path: str | pathlib.Path) -> dict[str, _Tensor]:
-    """Canonical name -> where the tensor lies, for one safetensors file; names without a use here are left out.
-
-    Raises:
-        UserError: "<file>: cannot be read as safetensors (<why>); it may be truncated: download or write it again"
-    """
-    try:
-        handle = safe_open(str(path), "np")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); it may be truncated: download or write it again") from error
-    known = {name: canonical(name) for name in handle.keys()}
-    return {ours: _Tensor(handle, name) for name, ours in known.items() if ours is not None}
+def _send(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def fingerprint(folder: str | pathlib.Path) -> str:
-    """SHA-256 over config.json and the weight files of a folder, names and contents, as hex digits: the name of a base model.
-
-    Raises:
-        UserError: "<folder>: no such folder ..."
-    """
-    folder = _existing(folder)
-    files = sorted({folder / CONFIG, *folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")})
-    files = [path for path in files if path.exists()]
-    # hashlib lets go of the interpreter's lock, so shards are read side by side.
-    with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
-        digests = list(pool.map(_digest, files))
-    return hashlib.sha256("".join(f"{path.name} {digest}\n" for path, digest in zip(files, digests)).encode()).hexdigest()
+def _send_layers(shape: tuple[int, ...], dtype: np.dtype, layers: Iterator[np.ndarray], sharding: Sharding | None) -> jax.Array:
+    """The stacked array on the devices, written in place layer by layer; the next layer is read when the last one is there."""
+    start, write = _writer(shape, dtype, sharding)
+    part_sharding = meshes.without_leading_axis(sharding) if sharding is not None else None
+    whole = start()
+    for index, layer in enumerate(layers):
+        whole = write(whole, _send(layer, part_sharding), np.int32(index))
+        del layer
+        jax.block_until_ready(whole)
+    return whole
 
 
-class _Tensor:
-    """One tensor of an open file: its shape and format from the header, its values on demand."""
-
-    def __init__(self, handle: Any, name: str):
-        self.handle, self.name = handle, name
-        header = handle.get_slice(name)
-        self.shape, self.format = tuple(header.get_shape()), header.get_dtype()
-
-    def read(self) -> np.ndarray:
-        return self.handle.get_tensor(self.name)
-
-
-def _check(folder: str | pathlib.Path, config: LlavaConfig, table: Mapping[str, Row], tensors: Mapping[str, _Tensor]) -> None:
-    """Compares the table with the headers and raises once for all differences."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    abstract = abstract_llava(config).to_tree()
-    for path, row in table.items():
-        shape = _at(abstract, path).shape
-        for name in _names(row, shape):
-            shapes[name] = row.disk_shape(shape[1:] if row.stacked else shape, config.vision_config.num_channels)
-    problems = [f"no tensor {name}" for name in shapes if name not in tensors]
-    for name, tensor in tensors.items():
-        if name == "language_model.lm_head.weight" and config.tie_word_embeddings:
-            continue  # some writers store a tied head as well
-        if name not in shapes:
-            problems.append(f"unexpected tensor {tensor.name}")
-        elif tensor.shape != shapes[name]:
-            problems.append(f"{tensor.name} has shape {list(tensor.shape)}, but {CONFIG} asks for {list(shapes[name])}")
-        elif tensor.format not in _FLOATS:
-            problems.append(f"{tensor.name} holds {tensor.format}, not floats (quantised weights are not supported)")
-    raise_collected(problems, str(folder), f"Check that {CONFIG} and the weights belong together.")
-
-
-def _read(row: Row, shape: tuple[int, ...], dtype: np.dtype, tensors: Mapping[str, _Tensor]) -> np.ndarray:
-    """One of our parameters, all its layers."""
-    if not row.stacked:
-        return np.ascontiguousarray(row.read(tensors[row.name].read()).astype(dtype))
-    out = np.empty(shape, dtype)
-    for layer, name in enumerate(_names(row, shape)):
-        out[layer] = row.read(tensors[name].read()).astype(dtype)
-    return out
-
-
-def _names(row: Row, shape: tuple[int, ...]) -> Iterable[str]:
-    return [row.name.format(layer=layer) for layer in range(shape[0])] if row.stacked else [row.name]
-
-
-def _at(tree: Mapping, path: str) -> Any:
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
-
-
-def _existing(folder: str | pathlib.Path) -> pathlib.Path:
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a folder with {CONFIG} and {WEIGHTS} (nothing is downloaded)")
-    return folder
-
-
-def _read_json(folder: str | pathlib.Path, name: str) -> dict[str, Any]:
-    path = _existing(folder) / name
-    if not path.exists():
-        raise UserError(f"{folder}: {name} is missing; give a folder as transformers' save_pretrained writes it")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); download or write it again") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: holds no JSON object; download or write it again")
-    return fields
-
-
-def _digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@functools.lru_cache(maxsize=64)
+def _writer(shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding | None) -> tuple[Callable, Callable]:
+    start = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+    write = jax.jit(
+        lambda whole, layer, index: jax.lax.dynamic_update_index_in_dim(whole, layer, index, 0), donate_argnums=0, out_shardings=sharding
+    )
+    return start, write

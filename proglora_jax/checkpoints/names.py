@@ -32,6 +32,25 @@ _PREFIXES = (
     (r"^(?=embeddings\.|encoder\.layers\.|pre_layrnorm\.|post_layernorm\.)", "vision_tower.vision_model."),
 )
 
+# Style of a writer -> (pattern, replacement) from the table's names to its own, the first that matches.
+_STYLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "hub": (),
+    "transformers5": ((r"^vision_tower\.vision_model\.", "vision_tower."),),
+    "memory": (
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^(?=multi_modal_projector\.|vision_tower\.)", "model."),
+    ),
+    "original": (
+        (r"^language_model\.model\.", "model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
+        (r"^multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+        (r"^vision_tower\.", ""),
+    ),
+}
+STYLES = tuple(_STYLES)
+
 # Buffers that follow from the config, and the parts of a CLIP checkpoint that are not its vision tower.
 _IGNORED = re.compile(
     r"rotary_emb\.inv_freq$|position_ids$|image_newline$|^text_model\.|^(visual|text)_projection\.|^logit_scale$|text_model\."
@@ -65,6 +84,10 @@ class Row:
         """One layer's array as it is on disk, from ours; `shape` is the one on disk."""
         return np.ascontiguousarray(_CHANGES[self.change][1](array, shape))
 
+    def names(self, layers: int) -> list[str]:
+        """Names on disk, one a layer where it is stacked over so many layers."""
+        return [self.name.format(layer=layer) for layer in range(layers)] if self.stacked else [self.name]
+
     def disk_shape(self, shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
         """Shape on disk of one layer's array that has this shape here; `channels` is the image's number of channels."""
         if self.change == "linear":
@@ -90,11 +113,28 @@ _CHANGES: dict[str, tuple[Callable, Callable]] = {
 def canonical(name: str) -> str | None:
     """A name in the table's scheme, or None for one that is of no use here.
 
-    Takes the styles of original LLaVA, of transformers 4.x and 5.x on disk and in memory, and of a Llama or CLIP on its own.
+    Takes the styles of original LLaVA and what its LoRA training leaves beside the adapter, of transformers 4.x and 5.x on disk and in
+    memory, and of a Llama or CLIP on its own.
     """
+    name = name.removeprefix("base_model.model.")
     if _IGNORED.search(name):
         return None
     for pattern, replacement in _PREFIXES:
+        rewritten, count = re.subn(pattern, replacement, name)
+        if count:
+            return rewritten
+    return name
+
+
+def styled(name: str, style: str) -> str:
+    """A name of the table in the style of a writer, the inverse of `canonical`.
+
+    Args:
+        name: in the table's scheme.
+        style: "hub" (the table's own), "transformers5" (what 5.x saves), "memory" (a model's own names from 4.52 on) or "original"
+            (LLaVA's, with the vision tower's names as in a CLIP folder).
+    """
+    for pattern, replacement in _STYLES[style]:
         rewritten, count = re.subn(pattern, replacement, name)
         if count:
             return rewritten

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from proglora_jax.checkpoints.hf_import import read_config
+from proglora_jax.checkpoints.sources import read_config
 from proglora_jax.continual.doctor_memory import MemoryPlan
 from proglora_jax.continual.doctor_plan import PlannedStage, planned_stages
 from proglora_jax.continual.report_page import Table
@@ -111,7 +111,7 @@ def model_sizes(model: ModelSettings) -> tuple[LlavaConfig, str]:
     """
     if model.path == "embedded" or os.path.isdir(model.path):
         folder = model_folder(model.path)
-        config = read_config(folder)
+        config = read_config(folder, model.vision_path or None)
         check_preset(folder, config, model.preset)
         return config, f"{folder}/config.json"
     if model.preset:

@@ -30,7 +30,8 @@ def stage_meta(
     return {
         "method": method.name, "hyperparameters": dataclasses.asdict(method), "rank": method.rank, "alpha": method.alpha,
         "targets": {name: list(shape) for name, shape in session.targets.linears.items()}, "layers": session.targets.layers,
-        "backbone": session.base, "tasks": list(session.tasks), "stage": stage.number, "index": stage.index, "task": stage.name,
+        "backbone": session.base, "protocol": session.protocol, "tasks": list(session.tasks), "stage": stage.number,
+        "index": stage.index, "task": stage.name,
         "digest": digest, "previous": previous, "trainable": dict(counts), "seconds": dict(seconds),
         "similarity": [float(value) for value in alike], "versions": versions(), "config_hash": config_hash(session.workdir),
     }

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from proglora_jax.checkpoints.hf_import import fingerprint, load_llava, read_config
+from proglora_jax.checkpoints.hf_import import load_source
+from proglora_jax.checkpoints.sources import Source, find_source
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import Targets
 from proglora_jax.data.errors import UserError
@@ -43,7 +43,8 @@ class Session:
         workdir: the run's folder.
         mesh: the devices.
         llava: the frozen backbone, on the mesh.
-        base: hash of the backbone's folder.
+        base: hash of the backbone's files.
+        protocol: what training from this backbone reproduces, see `checkpoints.sources.Source`.
         encoder: text to tokens.
         images: what the vision tower wants to see.
         tasks: task names in order.
@@ -57,6 +58,7 @@ class Session:
     mesh: Mesh
     llava: Any
     base: str
+    protocol: str
     encoder: Encoder
     images: ImageSpec
     tasks: tuple[str, ...]
@@ -146,8 +148,9 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
     if rows % ways:
         raise UserError(f"config.evaluate.batch_size={rows}: must be a multiple of the {ways} devices that share a batch")
     folder = model_folder(model.path)
-    config, images = read_config(folder), ImageSpec.from_folder(folder)
-    tokenizer = load_tokenizer(folder, config.text_config.vocab_size)
+    source = find_source(folder, model.vision_path or None, model.projector_path or None)
+    config, images = source.config, ImageSpec.from_folder(str(source.image_folder))
+    tokenizer = load_tokenizer(folder, config.text_config.vocab_size, add_image_token=source.original)
     _check_folder(folder, config, tokenizer, images)
     check_preset(folder, config, model.preset)
     encoder = Encoder(tokenizer, get_template(data.template), config.image_tokens, data.max_length, data.max_labels, data.empty_answer)
@@ -159,9 +162,11 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
         multihost_utils.sync_global_devices("benchmark written")
     files = {task: load_task(data.root, task, data.instruction_set) for task in tasks}
     _read_records(files, settings)
-    llava = _load(folder, settings, mesh)
+    llava = _load(source, settings, mesh)
     logger = RunLogger(workdir, settings.run.log_every_steps, settings.run.tensorboard, resumed, chief=jax.process_index() == 0)
-    return Session(settings, Path(workdir), mesh, llava, fingerprint(folder), encoder, images, tasks, files, logger, stop or StopSignal())
+    logger.message(f"backbone {source.describe()}")
+    stop = stop or StopSignal()
+    return Session(settings, Path(workdir), mesh, llava, source.fingerprint(), source.protocol, encoder, images, tasks, files, logger, stop)
 
 
 def _check_folder(folder: str, config: LlavaConfig, tokenizer: Tokenizer, images: ImageSpec) -> None:
@@ -202,12 +207,7 @@ def _read_records(files: Mapping[str, TaskData], settings: Settings) -> None:
         references(task.task.scorer, asked, task.auxiliary)
 
 
-def _load(folder: str, settings: Settings, mesh: Mesh) -> Any:
+def _load(source: Source, settings: Settings, mesh: Mesh) -> Any:
     model = settings.model
-
-    def place(path: str, array: np.ndarray) -> jax.Array:
-        sharding = meshes.backbone_sharding(path, array.shape, mesh)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
     options = ModelOptions(model.dtype, model.attention, model.unroll)
-    return load_llava(folder, jax.numpy.dtype(model.param_dtype), settings=options, place=place)
+    return load_source(source, jax.numpy.dtype(model.param_dtype), settings=options, mesh=mesh)

@@ -125,6 +125,11 @@ def backbone_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSha
     return replicated(mesh)
 
 
+def without_leading_axis(sharding: NamedSharding) -> NamedSharding:
+    """The sharding of one layer of a stacked parameter, whose leading axis is not split."""
+    return NamedSharding(sharding.mesh, PartitionSpec(*list(sharding.spec)[1:]))
+
+
 def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Drops the axes of a spec that do not divide the array's shape (odd widths of small models)."""
     names = list(spec)[: len(shape)] + [None] * (len(shape) - len(spec))

@@ -85,6 +85,12 @@ class Tokenizer:
         self._special = {self.bos_id, self.eos_id, self.image_token_id, self.pad_id} - {self.unk_id}
         self._backend.encode_special_tokens = True
 
+    def save(self, folder: str) -> None:
+        """Writes the tokenizer's files into a folder, with the tokens that were added to it."""
+        self._backend.encode_special_tokens = False
+        self._pretrained.save_pretrained(folder)
+        self._backend.encode_special_tokens = True
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without BOS or EOS."""
         return self.encode_batch([text])[0][0]
@@ -122,13 +128,15 @@ class Tokenizer:
         return [i for i, _ in kept], [o for _, o in kept]
 
 
-def load_tokenizer(folder: str, vocab_size: int = 0, legacy: bool = True) -> Tokenizer:
+def load_tokenizer(folder: str, vocab_size: int = 0, legacy: bool = True, add_image_token: bool = False) -> Tokenizer:
     """Loads the tokenizer of a Hugging Face folder; never looks on the network.
 
     Args:
         folder: holds tokenizer.json or tokenizer.model.
         vocab_size: rows of the model's embedding table, or 0 not to check.
         legacy: see `Tokenizer`.
+        add_image_token: give a language model's tokenizer, which has no <image>, the next two ids for <image> and <pad>, as
+            transformers' conversion of LLaVA does.
 
     Raises:
         UserError: "<folder>: no such folder", "... holds no tokenizer.json or tokenizer.model", "... cannot be loaded (...)",
@@ -148,6 +156,9 @@ def load_tokenizer(folder: str, vocab_size: int = 0, legacy: bool = True) -> Tok
     except Exception as error:  # transformers raises many kinds for a damaged folder
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason}); copy its files again") from error
+    if add_image_token and IMAGE_PLACEHOLDER not in pretrained.get_vocab():
+        pretrained.add_tokens([IMAGE_PLACEHOLDER, "<pad>"], special_tokens=True)
+        pretrained.pad_token = "<pad>"
     tokenizer = Tokenizer(pretrained, folder, legacy)
     if vocab_size and tokenizer.size > vocab_size:
         raise UserError(

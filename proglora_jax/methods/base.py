@@ -225,6 +225,20 @@ class Method:
         """The state at the end of a stage from the merged trees of all stages up to it; `fresh` is what `init` returned."""
         return dataclasses.replace(fresh, params=tree["params"], stage=jnp.int32(stage))
 
+    def blocks(self, state: CLState) -> int:
+        """Number of blocks that a state holds."""
+        return int("block" in state.params)
+
+    def block(self, state: CLState, index: int) -> PyTree:
+        """One block {linear: {"a": [L, d_in, r], "b": [L, r, d_out]}} as it was trained, without scale or gate.
+
+        Raises:
+            ValueError: "<name> has no block <index>; it has <count>, counted from 0"
+        """
+        if not 0 <= index < self.blocks(state):
+            raise ValueError(f"{self.name} has no block {index}; it has {self.blocks(state)}, counted from 0")
+        return {name: dict(leaf) for name, leaf in state.params["block"].items()}
+
     def fold(self, state: CLState, task: int) -> PyTree:
         """One low-rank adapter {linear: {"a": [L, d_in, R], "b": [L, R, d_out]}} equal to the method for a task, scale folded into b.
 

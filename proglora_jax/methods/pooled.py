@@ -96,6 +96,18 @@ class Pooled(Method):
         params = tree["params"] | {"pool": pool, "block": tree["pool"][f"block_{stage:02d}"]}
         return dataclasses.replace(fresh, params=params, stage=jnp.int32(stage))
 
+    def blocks(self, state: CLState) -> int:
+        """The blocks of the tasks so far."""
+        return int(state.stage) + 1
+
+    def block(self, state: CLState, index: int) -> PyTree:
+        """A frozen block out of its slot, or the newest."""
+        newest = super().block(state, index)
+        if index == int(state.stage):
+            return newest
+        at = slice(index * self.rank, (index + 1) * self.rank)
+        return {name: {"a": leaf["a"][:, :, at], "b": leaf["b"][:, at, :]} for name, leaf in state.params["pool"].items()}
+
     def fold_weighted(self, state: CLState, weights: np.ndarray) -> PyTree:
         """The pool under constant weights f32[M] as one adapter, scale folded into B.
 

@@ -136,7 +136,12 @@ class ProgLoRADynamic(Pooled):
         return value
 
     def init(self, targets: Targets, projector: PyTree, total: int, seed: int) -> CLState:
-        """Pool, first key, query projector, and an empty memory of fixed size."""
+        """Pool, first key, query projector, and an empty memory of fixed size.
+
+        Raises:
+            UserError: where `routing_layer` is more than the model's layers.
+        """
+        require(self.routing_layer <= targets.layers, "routing_layer", self.routing_layer, f"the model has {targets.layers} layers")
         state = super().init(targets, projector, total, seed)
         width, phi = targets.width, max(self.recall_per_task, 1)
         routing = {

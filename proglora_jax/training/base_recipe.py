@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from proglora_jax.checkpoints.hf_export import save_llava
+from proglora_jax.checkpoints.hf_export import processor_fields, save_llava
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.synthetic import tokenizer as pieces
 from proglora_jax.data.synthetic.canvas import SIDE_PX
@@ -172,8 +172,4 @@ def processor_files(config: LlavaConfig) -> dict[str, dict]:
         "image_mean": [float(f"{v:.8f}") for v in base_alignment.MEAN], "image_std": [float(f"{v:.8f}") for v in base_alignment.STD],
         "do_convert_rgb": True,
     }
-    processor = {
-        "processor_class": "LlavaProcessor", "patch_size": config.vision_config.patch_size, "num_additional_image_tokens": 1,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy, "image_token": "<image>",
-    }
-    return {"preprocessor_config.json": image | {"processor_class": "LlavaProcessor"}, "processor_config.json": processor}
+    return {"preprocessor_config.json": image | {"processor_class": "LlavaProcessor"}, "processor_config.json": processor_fields(config)}

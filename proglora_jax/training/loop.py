@@ -99,15 +99,33 @@ def train_phase(
         The state after the last step.
 
     Raises:
-        UserError: "loss is nan at step <n> of the stage <name>; the batch held ..." with the examples' names.
+        UserError: "loss is nan at step <n> of the stage <name>; the batch held ..." with the examples' names; and what `batches` raises,
+            after the steps done so far are saved.
         Stopped: after a stop signal, when the progress is saved.
     """
     key = jax.random.key(plan.seed)
     waiting: collections.deque = collections.deque()
-    tokens = 0
+    tokens, first = 0, state.step
+
+    def settle(most: int) -> dict:
+        """Reads losses until at most so many steps are in flight; returns the metrics of the last one read."""
+        metrics: dict = {}
+        while len(waiting) > most:
+            done, metrics, *rows = waiting.popleft()
+            state.loss = float(metrics["loss"])
+            if not math.isfinite(state.loss):
+                raise UserError(_not_finite(plan, done, state.loss, *rows))
+        return metrics
+
     while state.step < plan.total:
         # ---- one step, dispatched without waiting for it
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except UserError:
+            settle(0)
+            if state.step > first and jax.process_count() == 1:  # saving is for all processes together, and the others have their batch
+                save(state)
+            raise
         rates = optim.learning_rates(train, method, state.step, plan.total)
         control = {
             "stage": np.int32(plan.stage), "step": np.int32(state.step), "progress": np.float32(state.step / plan.total),
@@ -120,13 +138,10 @@ def train_phase(
         waiting.append((state.step, metrics, batch["task_id"], batch["example"]))
 
         # ---- losses of the steps that have finished, a little behind
-        saving = state.step % plan.save_every == 0 or stop.requested
+        stopping = stop.requested  # read once: a signal may come at any line, and what the message says must be so
+        saving = state.step % plan.save_every == 0 or stopping
         due = logger.due(state.step)
-        while waiting and (len(waiting) > IN_FLIGHT or due or saving or state.step == plan.total):
-            done, metrics, *rows = waiting.popleft()
-            state.loss = float(metrics["loss"])
-            if not math.isfinite(state.loss):
-                raise UserError(_not_finite(plan, done, state.loss, *rows))
+        metrics = settle(0 if due or saving or state.step == plan.total else IN_FLIGHT)
         if due:
             numbers = {name: float(value) for name, value in metrics.items()}
             logger.step(state.step, numbers | {"lr": rates[ADAPTER]}, tokens=tokens, memory_peak=memory_peak())
@@ -135,7 +150,7 @@ def train_phase(
         # ---- progress
         if saving and state.step < plan.total:
             save(state)
-        if stop.requested:
+        if stopping:
             if state.step == plan.total:
                 save(state)
             raise Stopped(f"stopped after step {state.step} of {plan.total} of the stage {plan.name}; the progress is saved")

@@ -21,7 +21,11 @@ class ModelSettings:
     """The backbone.
 
     Attributes:
-        path: a Hugging Face LLaVA folder, or "embedded" for the small model that ships with the package.
+        path: a LLaVA folder of Hugging Face or of original LLaVA, or a language model's (Vicuna); "embedded" is the small model that
+            ships with the package.
+        vision_path: folder of the CLIP, for a `path` without a vision tower; "" takes the one that config.json names.
+        projector_path: file of the projector (`pretrain_mm_mlp_adapter`, mm_projector.bin of a stage-1 checkpoint) or its folder; ""
+            takes the one in `path`.
         preset: sizes that the folder must have, a name of models/presets.py; "" takes any. Plans without weights are made from it.
         dtype: compute dtype, "float32" or "bfloat16".
         param_dtype: dtype in which the frozen backbone is held.
@@ -31,6 +35,8 @@ class ModelSettings:
     """
 
     path: str = "embedded"
+    vision_path: str = ""
+    projector_path: str = ""
     preset: str = ""
     dtype: str = "float32"
     param_dtype: str = "float32"

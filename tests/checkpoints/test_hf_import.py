@@ -15,7 +15,10 @@ import tiny_hf
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from proglora_jax.checkpoints.hf_import import fingerprint, load_llava, read_config
+from proglora_jax.checkpoints import hf_import
+from proglora_jax.checkpoints.hf_import import load_llava
+from proglora_jax.checkpoints.sources import find_source, read_config
+from proglora_jax.core import mesh as meshes
 from proglora_jax.data.errors import UserError
 
 
@@ -125,7 +128,15 @@ def test_a_language_model_a_clip_and_a_projector(saved, tmp_path, whole_clip):
 
     places = dict(vision_folder=tmp_path / "vision", projector_file=tmp_path / "projector.safetensors")
     joined = load_llava(tmp_path / "language", jnp.float32, **places)
-    chex.assert_trees_all_equal(joined.to_tree(), load_llava(saved, jnp.float32).to_tree())
+    # Its vocabulary has no row for <image>: two are added, and the number of rows is padded as in transformers' conversion.
+    assert joined.config.text_config.vocab_size == 128 and joined.config.image_token_id == 64
+    tree, whole = joined.to_tree(), load_llava(saved, jnp.float32).to_tree()
+    table, head = tree["language"]["embed_tokens"], tree["language"]["lm_head"]["kernel"]
+    for row in (64, 65, 127):
+        np.testing.assert_allclose(table[row], np.mean(table[:64], axis=0), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(head[:, row], np.mean(head[:, :64], axis=1), rtol=1e-5, atol=1e-7)
+    tree["language"] |= {"embed_tokens": table[:64], "lm_head": {"kernel": head[:, :64]}}
+    chex.assert_trees_all_equal(tree, whole)
     with pytest.raises(UserError, match="language model without a vision tower; give the folder of a CLIP as vision_folder"):
         load_llava(tmp_path / "language")
     with pytest.raises(UserError, match="4 problem.*no tensor multi_modal_projector.linear_1.weight"):
@@ -164,10 +175,13 @@ def test_damaged_folders_give_one_sentence(saved, tmp_path):
     with pytest.raises(UserError, match="config.json: cannot be read as JSON"):
         load_llava(empty)
     (empty / "config.json").write_text((saved / "config.json").read_text())
-    with pytest.raises(UserError, match="holds no model.safetensors and no model.safetensors.index.json$"):
+    with pytest.raises(UserError, match="holds no model.safetensors, no pytorch_model.bin and no index of parts$"):
         load_llava(empty)
-    (empty / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="found pytorch_model.bin, a pickle"):
+    (empty / "mm_projector.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="found mm_projector.bin: give it as the projector, and the language model's folder here"):
+        load_llava(empty)
+    (empty / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 13\n")
+    with pytest.raises(UserError, match="model.safetensors: is a Git LFS pointer, not the weights"):
         load_llava(empty)
     (empty / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(UserError, match="model.safetensors: cannot be read as safetensors .*truncated"):
@@ -179,25 +193,27 @@ def test_damaged_folders_give_one_sentence(saved, tmp_path):
         load_llava(empty)
 
 
-def test_place_decides_where_arrays_go(saved):
-    seen = {}
-
-    def place(path, array):
-        seen[path] = array.shape
-        return jnp.asarray(array)
-
-    load_llava(saved, jnp.float32, place=place)
-    assert seen["language/layers/k_proj/kernel"] == (3, 36, 12)
-    assert seen["vision/patch_embedding/kernel"] == (48, 16)
+def test_parameters_lie_on_the_mesh(saved, monkeypatch):
+    """Layer by layer or stacked on the host: the same numbers, laid out as core/mesh.py says."""
+    plain = load_llava(saved, jnp.float32).to_tree()
+    mesh = meshes.make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    stacked = load_llava(saved, jnp.float32, mesh=mesh).to_tree()
+    monkeypatch.setattr(hf_import, "STACK_ON_HOST", 0)
+    streamed = load_llava(saved, jnp.float32, mesh=mesh).to_tree()
+    alone = load_llava(saved, jnp.float32).to_tree()
+    for other in (stacked, streamed, alone):
+        chex.assert_trees_all_equal(other, plain)
+    for tree in (stacked, streamed):
+        kernel = tree["language"]["layers"]["up_proj"]["kernel"]
+        assert kernel.shape == (3, 36, 48) and {shard.data.shape for shard in kernel.addressable_shards} == {(3, 18, 24)}
+        assert tree["language"]["layers"]["input_layernorm"]["scale"].sharding.is_fully_replicated
 
 
 def test_fingerprint_follows_contents(saved, tmp_path):
     copy = rewrite(saved, tmp_path / "copy")
-    first = fingerprint(copy)
-    assert first == fingerprint(copy) and re.fullmatch("[0-9a-f]{64}", first)
+    first = find_source(copy).fingerprint()
+    assert first == find_source(copy).fingerprint() and re.fullmatch("[0-9a-f]{64}", first)
     content = bytearray((copy / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (copy / "model.safetensors").write_bytes(content)
-    assert fingerprint(copy) != first
-    with pytest.raises(UserError, match="no such folder"):
-        fingerprint(tmp_path / "nowhere")
+    assert find_source(copy).fingerprint() != first

@@ -5,10 +5,13 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 
-from proglora_jax.checkpoints.names import canonical, llava_rows
+from proglora_jax.checkpoints.names import STYLES, canonical, llava_rows, styled
+from proglora_jax.checkpoints.sources import disk_names
 from proglora_jax.models.llava import abstract_llava
-from proglora_jax.models.presets import LlavaConfig
+from proglora_jax.models.presets import PRESETS, LlavaConfig
 
 
 def test_every_parameter_has_one_row():
@@ -67,3 +70,23 @@ def test_write_inverts_read():
         ours = row.read(disk)
         assert row.disk_shape(ours.shape, 3) == disk.shape
         np.testing.assert_array_equal(row.write(ours, disk.shape), disk)
+
+
+@pytest.mark.parametrize(("preset", "projector"), [("llava15_7b", 20_979_712), ("llava15_13b", 31_467_520)])
+def test_the_table_covers_the_published_models(preset, projector):
+    """Every tensor of transformers' own model of that size, on the meta device, has a row, and the shape that we expect on disk."""
+    config = PRESETS[preset]()
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**config.to_hf()))
+    theirs = {canonical(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    theirs.pop(None, None)
+    ours = dict(disk_names(config))
+    assert ours == theirs
+    assert sum(int(np.prod(shape)) for name, shape in ours.items() if name.startswith("multi_modal_projector")) == projector
+    assert ours["language_model.model.embed_tokens.weight"] == (32064, config.text_config.hidden_size)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_styles_are_inverses_of_canonical(style):
+    names = [name for name, _ in disk_names(PRESETS["llava15_7b"]())]
+    assert [canonical(styled(name, style)) for name in names] == names

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import proglora_jax
-from proglora_jax.checkpoints.hf_import import load_llava, read_config
+from proglora_jax.checkpoints.hf_import import load_llava
+from proglora_jax.checkpoints.sources import read_config
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.synthetic import scenes
 from proglora_jax.data.synthetic import tokenizer as pieces

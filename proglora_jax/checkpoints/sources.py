@@ -1,0 +1,307 @@
+"""Where the parts of a LLaVA lie: one folder of transformers, or original LLaVA's language folder, projector file and CLIP folder.
+
+    transformers    one folder with everything; names of 4.x, of 5.x, or of a model in memory
+    original        a folder whose config.json is a Llama's with `mm_*` fields (or a bare Vicuna), the projector in it or in
+                    mm_projector.bin, the vision tower in the folder of a CLIP; no row in the vocabulary for <image>
+
+Weights are safetensors or files of torch.save, in one file or in shards with an index.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from proglora_jax.checkpoints.names import canonical, llava_rows
+from proglora_jax.checkpoints.tensors import FLOATS, StoredTensor, open_file
+from proglora_jax.data.errors import UserError, raise_collected
+from proglora_jax.models.llava import abstract_llava
+from proglora_jax.models.presets import PRESETS, ClipConfig, LlamaConfig, LlavaConfig
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+PROJECTORS = ("mm_projector.bin", "mm_projector.safetensors", "non_lora_trainables.bin")
+PROTOCOL = "proglora_protocol"  # field of a config.json that we write
+ROW_MULTIPLE = 64  # transformers' conversion of LLaVA pads the vocabulary to a multiple of this
+
+Path = str | pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A LLaVA on disk, found and checked; nothing but headers was read.
+
+    Attributes:
+        folder: of the whole model, or of its language model.
+        vision_folder: of the CLIP, where the vision tower is not in `folder`.
+        config: sizes, with room in the vocabulary for <image> and <pad>.
+        tensors: name in the table of names -> where it lies; every parameter of `config` once.
+        rows: rows of the vocabulary on disk; those from here to the config's are new.
+        original: whether it is in the layout of original LLaVA.
+        protocol: what training from it reproduces: "vicuna7b_projector" (the papers': a language model and a projector that was
+            only pre-trained), "llava15_7b" (a whole instruction-tuned LLaVA), the same of 13b, or "..._custom" for other sizes.
+        files: the weight files that are read.
+    """
+
+    folder: pathlib.Path
+    vision_folder: pathlib.Path | None
+    config: LlavaConfig
+    tensors: Mapping[str, StoredTensor]
+    rows: int
+    original: bool
+    protocol: str
+    files: tuple[pathlib.Path, ...]
+
+    @property
+    def image_folder(self) -> pathlib.Path:
+        """The folder that says how images are prepared."""
+        return self.vision_folder or self.folder
+
+    def describe(self) -> str:
+        """One line for people: protocol, layout, number of files and formats."""
+        formats = sorted({tensor.format for tensor in self.tensors.values()})
+        layout = "original LLaVA layout" if self.original else "transformers layout"
+        wide = self.config.text_config.vocab_size
+        grown = f", vocabulary {self.rows} -> {wide} rows" if self.rows != wide else ""
+        return f"{self.protocol}: {layout}, {len(self.files)} weight file(s), {'+'.join(formats)}{grown}"
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config.json and the weight files, names and contents, as hex digits: the name of a base model."""
+        files = [path for folder in (self.folder, self.vision_folder) if folder for path in _weight_files(folder)]
+        files += [path for path in self.files if path not in files]
+        # hashlib lets go of the interpreter's lock, so shards are read side by side.
+        with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
+            digests = list(pool.map(_digest, files))
+        return hashlib.sha256("".join(f"{path.name} {digest}\n" for path, digest in zip(files, digests)).encode()).hexdigest()
+
+
+def find_source(folder: Path, vision_folder: Path | None = None, projector_file: Path | None = None) -> Source:
+    """Finds the parts of a LLaVA and compares every tensor's shape with the config.
+
+    Args:
+        folder: of the whole model or of the language model.
+        vision_folder: of a CLIP, for a `folder` without a vision tower; default: what `mm_vision_tower` in config.json names.
+        projector_file: file with the projector's four tensors, or the folder of a stage-1 checkpoint that holds it; wins over those in
+            `folder`. Default: mm_projector.bin in `folder`, then what `pretrain_mm_mlp_adapter` in config.json names.
+
+    Raises:
+        UserError: "<folder>: no such folder ...", "<folder>: config.json is missing ...", "<file>: <field>=<value> is not supported ...",
+            "<folder>: describes a language model without a vision tower; ...", what `tensors.open_file` says, or "<folder>: <count>
+            problem(s): no tensor <name>; ..." for all missing, unexpected and misshapen tensors at once.
+    """
+    folder = _existing(folder)
+    fields = read_fields(folder)
+    original = not ("vision_config" in fields or "text_config" in fields)
+    vision = _existing(vision_folder) if vision_folder else _named_vision(folder, fields) if original else None
+    config = _config(folder, fields, vision)
+    file = _projector(folder, fields, projector_file, original)
+    tensors, files = _index_folder(folder)
+    if vision is not None:
+        towers, more = _index_folder(vision)
+        tensors |= {name: tensor for name, tensor in towers.items() if name.startswith("vision_tower.")}
+        files += more
+    if file is not None:
+        named = {canonical(name): tensor for name, tensor in open_file(file).items()}
+        tensors |= {name: tensor for name, tensor in named.items() if name and name.startswith("multi_modal_projector.")}
+        files.append(file)
+    rows = config.text_config.vocab_size
+    grown = _with_image_row(config)
+    tensors = _checked(folder, config, tensors)
+    protocol = fields.get(PROTOCOL) or _protocol(grown, stage_1=original and (file is not None or bool(fields.get("tune_mm_mlp_adapter"))))
+    return Source(folder, vision, grown, tensors, rows, original, str(protocol), tuple(files))
+
+
+def read_config(folder: Path, vision_folder: Path | None = None) -> LlavaConfig:
+    """Reads the sizes of the model from config.json, of a LLaVA or of a Llama and a CLIP in two folders.
+
+    Raises:
+        UserError: "<folder>: no such folder ...", "<folder>: config.json is missing ...", "<file>: <field>=<value> is not supported ..."
+    """
+    folder = _existing(folder)
+    fields = read_fields(folder)
+    vision = _existing(vision_folder) if vision_folder else _named_vision(folder, fields)
+    return _with_image_row(_config(folder, fields, vision))
+
+
+def read_fields(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+    """A JSON object of a model's folder.
+
+    Raises:
+        UserError: "<folder>: <name> is missing ...", "<file>: cannot be read as JSON (<why>) ...", "<file>: holds no JSON object ..."
+    """
+    path = _existing(folder) / name
+    if not path.exists():
+        raise UserError(f"{folder}: {name} is missing; give a folder as transformers' save_pretrained writes it")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); download or write it again") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: holds no JSON object; download or write it again")
+    return fields
+
+
+def padded_rows(image_token_id: int) -> int:
+    """Rows of a vocabulary that ends before <image>, once <image> and <pad> are added: 32000 -> 32064, as transformers pads it."""
+    return -(-(image_token_id + 2) // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def disk_names(config: LlavaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(name in the table, shape on disk) of every tensor of a LLaVA, in the table's order."""
+    tree = abstract_llava(config).to_tree()
+    for row in llava_rows(tied=config.tie_word_embeddings, projector_bias=config.multimodal_projector_bias):
+        leaf: Any = tree
+        for part in row.path.split("/"):
+            leaf = leaf[part]
+        shape = row.disk_shape(leaf.shape[1:] if row.stacked else leaf.shape, config.vision_config.num_channels)
+        yield from ((name, shape) for name in row.names(leaf.shape[0]))
+
+
+# ---- config
+
+
+def _config(folder: pathlib.Path, fields: Mapping[str, Any], vision: pathlib.Path | None) -> LlavaConfig:
+    try:
+        if "vision_config" in fields or "text_config" in fields:
+            return LlavaConfig.from_hf(fields)
+        if vision is None:
+            tower = f" ({fields['mm_vision_tower']})" if fields.get("mm_vision_tower") else ""
+            raise UserError(
+                f"{folder}: {CONFIG} describes a language model without a vision tower; give the folder of a CLIP{tower} as vision_folder"
+            )
+        _refuse(fields, "mm_projector_type", "mlp2x_gelu")
+        _refuse(fields, "mm_use_im_start_end", False)
+        text = LlamaConfig.from_hf({**fields, "model_type": "llama"})
+        strategies = {"patch": "default", "cls_patch": "full"}
+        feature = fields.get("mm_vision_select_feature", "patch")
+        if feature not in strategies:
+            raise ValueError(f"mm_vision_select_feature={feature!r} is not supported ({', '.join(strategies)} are)")
+        return LlavaConfig(
+            text_config=text,
+            vision_config=ClipConfig.from_hf(read_fields(vision)),
+            image_token_id=text.vocab_size,
+            pad_token_id=text.vocab_size + 1,
+            vision_feature_layer=fields.get("mm_vision_select_layer", LlavaConfig.vision_feature_layer),
+            vision_feature_select_strategy=strategies[feature],
+        )
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from error
+
+
+def _refuse(fields: Mapping[str, Any], name: str, supported: Any) -> None:
+    if fields.get(name, supported) != supported:
+        raise ValueError(f"{name}={fields[name]!r} is not supported ({supported!r} is)")
+
+
+def _with_image_row(config: LlavaConfig) -> LlavaConfig:
+    """The config with rows for <image> and <pad> where the vocabulary ends before <image>."""
+    text = config.text_config
+    if config.image_token_id < text.vocab_size:
+        return config
+    return dataclasses.replace(config, text_config=dataclasses.replace(text, vocab_size=padded_rows(config.image_token_id)))
+
+
+def _protocol(config: LlavaConfig, *, stage_1: bool) -> str:
+    text = config.text_config
+    size = ""
+    for name, preset in PRESETS.items():
+        if dataclasses.replace(preset().text_config, vocab_size=text.vocab_size) == text:
+            size = name.removeprefix("llava15_")
+    return (f"vicuna{size}_projector" if size else "vicuna_projector_custom") if stage_1 else f"llava15_{size}" if size else "llava_custom"
+
+
+def _named_vision(folder: pathlib.Path, fields: Mapping[str, Any]) -> pathlib.Path | None:
+    """The CLIP that config.json names, if it names a folder that is here."""
+    named = fields.get("mm_vision_tower")
+    return folder / named if isinstance(named, str) and named and (folder / named / CONFIG).exists() else None
+
+
+def _projector(folder: pathlib.Path, fields: Mapping[str, Any], given: Path | None, original: bool) -> pathlib.Path | None:
+    """The projector's file, or None where the model's own weights hold it."""
+    if given:
+        path = pathlib.Path(given)
+        if path.is_dir():
+            inside = [path / name for name in PROJECTORS if (path / name).exists()]
+            if not inside:
+                raise UserError(f"{path}: holds none of {', '.join(PROJECTORS)}; give the projector's file")
+            path = inside[0]
+        if not path.exists():
+            raise UserError(f"{path}: no such file; give the projector's file (mm_projector.bin of a stage-1 checkpoint)")
+        return path
+    named = fields.get("pretrain_mm_mlp_adapter")
+    candidates = [folder / name for name in PROJECTORS[:2]] + ([folder / named] if isinstance(named, str) and named else [])
+    return next((path for path in candidates if original and path.is_file()), None)
+
+
+# ---- tensors
+
+
+def _index_folder(folder: pathlib.Path) -> tuple[dict[str, StoredTensor], list[pathlib.Path]]:
+    """(name in the table -> tensor, files) of all weights of a folder; names without a use here are left out."""
+    for index, whole in ((INDEX, WEIGHTS), (TORCH_INDEX, TORCH_WEIGHTS)):
+        if (folder / index).exists():
+            shards = read_fields(folder, index).get("weight_map")
+            if not isinstance(shards, Mapping) or not all(isinstance(name, str) for name in shards.values()):
+                raise UserError(f"{folder / index}: has no weight_map; download the file again")
+            names = sorted(set(shards.values()))
+            break
+        if (folder / whole).exists():
+            names = [whole]
+            break
+    else:
+        alone = next((name for name in PROJECTORS if (folder / name).exists()), None)
+        parts = sorted(path.name for path in folder.glob("*-of-*"))
+        hint = f" (found {alone}: give it as the projector, and the language model's folder here)" if alone else ""
+        hint = hint or (f" (found {parts[0]}: the index that says what is in which part is missing)" if parts else "")
+        raise UserError(f"{folder}: holds no {WEIGHTS}, no {TORCH_WEIGHTS} and no index of parts{hint}")
+    outside = [f"{name} lies outside of the folder" for name in names if pathlib.Path(name).name != name]
+    missing = [f"{name} is missing" for name in names if name not in outside and not (folder / name).exists()]
+    raise_collected(outside or missing, str(folder), "Download these files again.")
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        known = {canonical(own): tensor for own, tensor in open_file(folder / name).items()}
+        tensors |= {own: tensor for own, tensor in known.items() if own is not None}
+    return tensors, [folder / name for name in names]
+
+
+def _checked(folder: pathlib.Path, config: LlavaConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors that the model needs, after comparing all with the config; raises once for all differences."""
+    shapes = dict(disk_names(config))
+    problems = [f"no tensor {name}" for name in shapes if name not in tensors]
+    for name, tensor in tensors.items():
+        if name == "language_model.lm_head.weight" and config.tie_word_embeddings:
+            continue  # some writers store a tied head as well
+        if name not in shapes:
+            problems.append(f"unexpected tensor {tensor.name}")
+        elif tensor.shape != shapes[name]:
+            problems.append(f"{tensor.name} has shape {list(tensor.shape)}, but {CONFIG} asks for {list(shapes[name])}")
+        elif tensor.format not in FLOATS:
+            problems.append(f"{tensor.name} holds {tensor.format}, not floats (quantised weights are not supported)")
+    raise_collected(problems, str(folder), f"Check that {CONFIG} and the weights belong together.")
+    return {name: tensors[name] for name in shapes}
+
+
+def _existing(folder: Path) -> pathlib.Path:
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a folder with {CONFIG} and {WEIGHTS} (nothing is downloaded)")
+    return folder
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """config.json and the weight files of a folder, those of torch.save where there are no others."""
+    weights = {*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")}
+    weights = weights or {*folder.glob("*.bin"), *folder.glob("*.bin.index.json")}
+    return sorted(path for path in {folder / CONFIG, *weights} if path.exists())
+
+
+def _digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

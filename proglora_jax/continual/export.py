@@ -1,0 +1,174 @@
+"""A trained stage for users of Hugging Face (`tools convert to-hf`): a PEFT adapter, or a LLaVA with the adapter merged into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from proglora_jax.checkpoints.hf_convert import check_free, whole_folder, write_folder
+from proglora_jax.checkpoints.integrity import atomic_write_json
+from proglora_jax.checkpoints.merge import Merge
+from proglora_jax.checkpoints.peft_export import save_adapter, trim_ranks
+from proglora_jax.continual import torch_check
+from proglora_jax.continual.session import model_folder
+from proglora_jax.continual.trained import Trained, open_trained
+from proglora_jax.core.types import PyTree
+from proglora_jax.data.errors import UserError
+
+RECORD = "proglora_export.json"
+
+
+def export_adapter(
+    workdir: str | pathlib.Path,
+    out: str | pathlib.Path,
+    *,
+    stage: str | None = None,
+    task: str | None = None,
+    block: int | None = None,
+    base: str | None = None,
+    verify: bool = False,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Writes a stage's adapter and projector as a PEFT folder.
+
+    Without `block` it is the whole of what the method adds for a task, fused into one adapter (rank = lora_alpha = the ranks of all
+    blocks that count, gates and scale in B). That needs gates that do not depend on the input.
+
+    Args:
+        workdir: of the run.
+        out: folder to write; must be absent or empty.
+        stage: see `trained.open_trained`.
+        task: whose fused block, for methods that fuse by task; None takes the stage's own.
+        block: one block instead, as it was trained: with the method's rank and alpha, and without any gate.
+        base: folder of the backbone, where it is not where the run found it.
+        verify: reload it with torch, transformers and peft, and compare logits before the folder gets its name.
+        log: takes a line of text.
+
+    Raises:
+        UserError: as `trained.open_trained`; "<stage>: <reason why it cannot be folded>; ..."; "<stage>: <method> has no block ...";
+            "<out>: is not empty ..."; as `torch_check.compare`.
+    """
+    check_free(out)
+    trained = open_trained(workdir, stage)
+    method, id_ = trained.method, _task_id(trained, task)
+    if block is not None and task is not None:
+        raise UserError("--block exports a block as it is, --task a fused one; give one of them")
+    if not method.blocks(trained.state):
+        raise UserError(f"{trained.folder}: {method.name} has no adapter; its backbone is the model")
+    if block is None:
+        adapter = _folded(trained, id_, "or export its blocks one by one (--block)")
+        if method.blocks(trained.state) == 1 and not method.uses_task_id:
+            block = 0  # the same adapter, with the rank and alpha of its training
+    if block is not None:
+        adapter = _block(trained, block)
+        alpha = method.alpha
+    else:
+        adapter = trim_ranks(adapter, method.rank)
+        alpha = next(iter(adapter.values()))["a"].shape[-1]
+    projector = jax.tree.map(np.asarray, trained.state.params["mm_projector"])
+    named = base or trained.model["path"]
+    named = model_folder(named) if named == "embedded" else named
+    with whole_folder(out) as partial:
+        save_adapter(partial, adapter, alpha, projector, base=named, dropout=method.dropout)
+        atomic_write_json(partial / RECORD, _record(trained, kind="adapter", task=_named(trained, id_, block), block=block))
+        rank = next(iter(adapter.values()))["a"].shape[-1]
+        log(f"{method.name}, stage {trained.folder.name}: {_what(trained, id_, block)} as a PEFT adapter of rank {rank}, alpha {alpha:g}")
+        if verify:
+            source, warning = trained.backbone(base)
+            _say(log, warning)
+            log(torch_check.compare_adapter(trained, source, partial, id_, block))
+    log(f"wrote {out}")
+
+
+def export_merged(
+    workdir: str | pathlib.Path,
+    out: str | pathlib.Path,
+    *,
+    stage: str | None = None,
+    task: str | None = None,
+    base: str | None = None,
+    dtype: Any = None,
+    verify: bool = False,
+    log: Callable[[str], None] = print,
+) -> Merge:
+    """Writes a LLaVA folder with the adapter merged: the sum in f32, one cast, and a table of what the cast cost.
+
+    Args:
+        workdir: as for `export_adapter`.
+        out: as for `export_adapter`.
+        stage: as for `export_adapter`.
+        task: as for `export_adapter`.
+        base: as for `export_adapter`.
+        dtype: of the weights; None keeps the formats of the backbone's files.
+        verify: as for `export_adapter`, without peft.
+        log: takes a line of text.
+
+    Returns:
+        The merge, with what was lost.
+
+    Raises:
+        UserError: as `export_adapter`, and for a backbone that is not the run's.
+    """
+    check_free(out)
+    trained = open_trained(workdir, stage)
+    id_ = _task_id(trained, task)
+    adapter = _folded(trained, id_, "so no single set of weights equals it; export its blocks as adapters (--block)")
+    source, warning = trained.backbone(base)
+    _say(log, warning)
+    merge = Merge(trim_ranks(adapter, 0) if adapter else {}, jax.tree.map(np.asarray, trained.state.params["mm_projector"]))
+    source = dataclasses.replace(source, protocol=f"{source.protocol}+{trained.method.name}")
+
+    def check(partial: pathlib.Path) -> None:
+        atomic_write_json(partial / RECORD, _record(trained, kind="merged", task=_named(trained, id_, None), block=None))
+        log(f"{trained.method.name}, stage {trained.folder.name}: {_what(trained, id_, None)} merged into {source.folder}")
+        log(merge.report())
+        if verify:
+            log(torch_check.compare_merged(trained, source, partial, id_))
+
+    write_folder(source, out, dtype=dtype, change=merge, check=check, log=log)
+    return merge
+
+
+def _task_id(trained: Trained, task: str | None) -> int:
+    if task is not None and not trained.method.uses_task_id:
+        raise UserError(f"--task {task}: {trained.method.name} does not know tasks, its adapter serves all of them; leave --task out")
+    return trained.task_id(task)
+
+
+def _folded(trained: Trained, task: int, advice: str) -> PyTree:
+    try:
+        return jax.tree.map(np.asarray, trained.method.fold(trained.state, task))
+    except ValueError as error:
+        raise UserError(f"{trained.folder}: {error}, {advice}") from error
+
+
+def _block(trained: Trained, block: int) -> PyTree:
+    try:
+        return jax.tree.map(np.asarray, trained.method.block(trained.state, block))
+    except ValueError as error:
+        raise UserError(f"{trained.folder}: {error}") from error
+
+
+def _named(trained: Trained, task: int, block: int | None) -> str | None:
+    return trained.tasks()[task] if block is None and trained.method.uses_task_id else None
+
+
+def _what(trained: Trained, task: int, block: int | None) -> str:
+    named = _named(trained, task, block)
+    return f"block {block}" if block is not None else f"the fused block of {named}" if named else "its adapter"
+
+
+def _record(trained: Trained, **more: Any) -> dict[str, Any]:
+    """Where an export comes from."""
+    fields = ("method", "hyperparameters", "rank", "alpha", "targets", "backbone", "protocol", "tasks", "stage", "digest", "versions")
+    return {**more, "trained_on": trained.meta["task"], **{name: trained.meta[name] for name in fields if name in trained.meta}}
+
+
+def _say(log: Callable[[str], None], line: str) -> None:
+    if line:
+        log(line)

@@ -1,0 +1,137 @@
+"""Reloads what was exported with torch and compares its logits with ours; for who asks for it and has torch, which nothing else needs.
+
+Our side runs the method as it runs in a task's evaluation, from the stage's checkpoint and the backbone's own files: what was folded,
+merged and renamed for the export is not used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proglora_jax.checkpoints.hf_import import load_source
+from proglora_jax.checkpoints.sources import Source, find_source
+from proglora_jax.continual.trained import Trained
+from proglora_jax.core.types import CLState
+from proglora_jax.data.batch import INSTRUCTION
+from proglora_jax.data.errors import UserError
+from proglora_jax.methods.base import PROJECTOR
+from proglora_jax.methods.lora import LoRA
+from proglora_jax.models.layers import Settings
+from proglora_jax.training.step import gate_inputs
+
+TOLERANCE = 1e-4  # of the largest logit, or absolute where that is below 1
+_TEXT = 24  # tokens around the image
+
+
+def compare_adapter(trained: Trained, source: Source, folder: pathlib.Path, task: int, block: int | None) -> str:
+    """Loads the backbone with transformers and the adapter with peft, in f32, and compares logits on random tokens and an image.
+
+    Returns:
+        A sentence with the largest difference.
+
+    Raises:
+        UserError: "--verify needs torch, transformers and peft; ...", "<folder>: transformers finds no weights for ...; ...", "<folder>:
+            differs from our model by ..."
+    """
+    transformers, torch, peft = _modules("torch", "peft")
+    if source.original:
+        raise UserError(
+            f"{source.folder}: transformers does not read the layout of original LLaVA; convert it first (tools convert from-hf) and name "
+            "the new folder with --base"
+        )
+    inputs = _inputs(source)
+    ours = _our_logits(trained, source, inputs, task, block)
+    model = peft.PeftModel.from_pretrained(_load(transformers, torch, source.folder), str(folder)).eval()
+    return _verdict(folder, ours, _their_logits(torch, model, inputs), exact=True)
+
+
+def compare_merged(trained: Trained, source: Source, folder: pathlib.Path, task: int) -> str:
+    """Loads the merged folder with transformers, in f32, and compares logits with the backbone plus the adapter, not merged.
+
+    Where the folder's weights are not f32, the difference is that of the cast, and is only reported.
+
+    Returns:
+        A sentence with the largest difference.
+
+    Raises:
+        UserError: as `compare_adapter`.
+    """
+    transformers, torch = _modules("torch")
+    inputs = _inputs(source)
+    ours = _our_logits(trained, source, inputs, task, None)
+    exact = {tensor.format for tensor in find_source(folder).tensors.values()} <= {"F32", "F64"}
+    return _verdict(folder, ours, _their_logits(torch, _load(transformers, torch, folder), inputs), exact=exact)
+
+
+def _modules(*names: str) -> list[Any]:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--verify needs {' and '.join(names)}, but {' and '.join(missing)} is not installed; pip install {' '.join(missing)}, "
+            "or leave --verify out, for the export itself needs neither"
+        )
+    return [importlib.import_module(name) for name in ("transformers", *names)]
+
+
+def _inputs(source: Source) -> dict[str, np.ndarray]:
+    """Two rows of random tokens with an image each, and one of text alone; the same for every call."""
+    config, rng = source.config, np.random.default_rng(0)
+    count, side = config.image_tokens, config.vision_config.image_size
+    words = [i for i in range(3, min(source.rows, config.text_config.vocab_size)) if i not in (config.image_token_id, config.pad_token_id)]
+    tokens = rng.choice(words, (3, count + _TEXT)).astype(np.int32)
+    tokens[:2, 4 : 4 + count] = config.image_token_id
+    image = rng.standard_normal((3, side, side, config.vision_config.num_channels), dtype=np.float32)
+    return {"tokens": tokens, "image": image}
+
+
+def _our_logits(trained: Trained, source: Source, inputs: dict[str, np.ndarray], task: int, block: int | None) -> np.ndarray:
+    """f32[B, T, V] of the backbone and the stage's adapter."""
+    method, state = trained.method, trained.state
+    llava = load_source(source, jnp.float32, settings=Settings(dtype="float32"))
+    tokens, rows = jnp.asarray(inputs["tokens"]), len(inputs["tokens"])
+    batch = {"segments": jnp.full(tokens.shape, INSTRUCTION, jnp.int8), "task_id": jnp.full((rows,), task, jnp.int32)}
+    if block is not None:
+        one = method.block(state, block)
+        method = LoRA(rank=method.rank, alpha=method.alpha)
+        state = CLState({"block": one, PROJECTOR: state.params[PROJECTOR]}, {}, {}, state.stage)
+    with jax.default_matmul_precision("highest"):
+        image = llava.project(llava.encode_image(jnp.asarray(inputs["image"])), state.params[PROJECTOR])
+        x = llava.embed(tokens, image)
+        gates = method.gates(state.params, state.memory, gate_inputs(llava, method, x, batch, state.stage))
+        return np.asarray(llava.logits(llava.decode(x, adapter=method.adapter(state.params, gates, None)).hidden))
+
+
+def _load(transformers: Any, torch: Any, folder: pathlib.Path) -> Any:
+    model, info = transformers.LlavaForConditionalGeneration.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if missing:
+        raise UserError(
+            f"{folder}: transformers {transformers.__version__} finds no weights for {missing[0]} and {len(missing) - 1} more; convert the "
+            "folder first (tools convert from-hf) and name the new one with --base"
+        )
+    return model.eval()
+
+
+def _their_logits(torch: Any, model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    tokens, pixels = torch.tensor(inputs["tokens"]).long(), torch.tensor(inputs["image"][:2].transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        return model(input_ids=tokens, pixel_values=pixels, attention_mask=torch.ones_like(tokens)).logits.float().numpy()
+
+
+def _verdict(folder: pathlib.Path, ours: np.ndarray, theirs: np.ndarray, *, exact: bool) -> str:
+    difference, largest = float(np.max(np.abs(ours - theirs))), float(np.max(np.abs(ours)))
+    limit = TOLERANCE * max(1.0, largest)
+    if exact and not difference < limit:
+        raise UserError(
+            f"{folder}: differs from our model by {difference:.3g} in its logits (the largest is {largest:.3g}, {limit:.3g} is allowed); "
+            "it was not kept. Please report this with the versions of torch, transformers and peft"
+        )
+    why = "" if exact else ", most of it the cast of the merged weights"
+    return f"reloaded in torch: logits differ by {difference:.3g} at most{why} (the largest is {largest:.3g})"

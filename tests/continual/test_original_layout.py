@@ -1,0 +1,73 @@
+"""A run straight from the layout of original LLaVA: language folder, projector file and CLIP folder, as the papers start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+from safetensors.torch import load_file
+from tiny_run import here  # noqa: F401 (a fixture)
+
+from proglora_jax import main, tools
+from proglora_jax.checkpoints.stage import load_records
+from proglora_jax.data.errors import UserError
+from proglora_jax.data.synthetic import tokenizer as pieces
+
+DROPPED = (pieces.PAD, pieces.IMAGE)
+
+
+def take_apart(model: Path, out: Path) -> dict[str, str]:
+    """The tiny run's model in three places, its vocabulary without <pad> and <image>; the config's fields that name them."""
+    for name in ("vicuna", "clip"):
+        (out / name).mkdir(parents=True)
+    tensors = load_file(model / "model.safetensors")
+    rows = [i for i in range(tensors["language_model.lm_head.weight"].shape[0]) if i not in DROPPED]
+    language, tower, projector = {}, {}, {}
+    for name, tensor in tensors.items():
+        if name.startswith("multi_modal_projector"):
+            projector[name.replace("multi_modal_projector.linear_1", "mm_projector.0").replace(
+                "multi_modal_projector.linear_2", "mm_projector.2")] = tensor
+        elif name.startswith("vision_tower."):
+            tower[name.removeprefix("vision_tower.")] = tensor
+        else:
+            own = name.removeprefix("language_model.")
+            language[own] = tensor[rows].clone() if own in ("model.embed_tokens.weight", "lm_head.weight") else tensor
+    torch.save(language, out / "vicuna" / "pytorch_model.bin")
+    torch.save(tower, out / "clip" / "pytorch_model.bin")
+    torch.save(projector, out / "mm_projector.bin")
+    fields = json.loads((model / "config.json").read_text())
+    (out / "vicuna" / "config.json").write_text(json.dumps({**fields["text_config"], "vocab_size": len(rows)}))
+    (out / "clip" / "config.json").write_text(json.dumps(fields["vision_config"]))
+    (out / "clip" / "preprocessor_config.json").write_text((model / "preprocessor_config.json").read_text())
+    content = json.loads((model / "tokenizer.json").read_text())
+    table = {old: new for new, old in enumerate(rows)}
+    content["model"]["vocab"] = [content["model"]["vocab"][index] for index in rows]
+    content["added_tokens"] = [{**token, "id": table[token["id"]]} for token in content["added_tokens"] if token["id"] in table]
+    (out / "vicuna" / "tokenizer.json").write_text(json.dumps(content))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (out / "vicuna" / "tokenizer_config.json").write_text(json.dumps(special))
+    names = {"path": "vicuna", "vision_path": "clip", "projector_path": "mm_projector.bin"}
+    return {f"model__{field}": str(out / name) for field, name in names.items()}
+
+
+def test_a_run_from_three_places_equals_one_from_the_converted_folder(here, tmp_path, capsys):
+    places = take_apart(here.model, tmp_path / "parts")
+    fields = {"data__tasks": "TextVQA", "train__max_steps": 3}
+    apart = here.run("apart", "lora", **places, **fields)
+    arguments = ["--vision", places["model__vision_path"], "--projector", places["model__projector_path"]]
+    assert tools.main(["convert", "from-hf", places["model__path"], *arguments, "--out", str(tmp_path / "clean")]) == 0
+    assert "vicuna_projector_custom" in capsys.readouterr().out
+    joined = here.run("joined", "lora", model__path=str(tmp_path / "clean"), **fields)
+    assert tiny_run.differences(tiny_run.outcome(apart), tiny_run.outcome(joined)) == []
+    metas = [load_records(tiny_run.stage_folders(workdir)[0] / "adapter")["meta"] for workdir in (apart, joined)]
+    assert [meta["protocol"] for meta in metas] == ["vicuna_projector_custom"] * 2
+    assert metas[0]["backbone"] != metas[1]["backbone"]
+
+    # other weights in the same places are noticed, whatever their paths
+    other = torch.load(tmp_path / "parts" / "mm_projector.bin")
+    torch.save({name: tensor * 2 for name, tensor in other.items()}, tmp_path / "other.bin")
+    with pytest.raises(UserError, match="was trained on another backbone"):
+        main.run(here.config("lora", **{**places, "model__projector_path": str(tmp_path / "other.bin")}, **fields), apart)

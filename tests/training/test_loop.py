@@ -1,0 +1,82 @@
+"""The loop saves what is done before it leaves: for a stop signal at any moment, and for a batch that cannot be made."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from proglora_jax.core.mesh import make_mesh
+from proglora_jax.data.errors import UserError
+from proglora_jax.methods.registry import method_class
+from proglora_jax.training.log import RunLogger
+from proglora_jax.training.loop import PhasePlan, PhaseState, Stopped, StopSignal, train_phase
+from proglora_jax.training.settings import TrainSettings
+
+
+class Loss:
+    """A loss that is being waited for: reading it runs something first."""
+
+    def __init__(self, value: float, before=None):
+        self.value, self.before = value, before
+
+    def __float__(self) -> float:
+        if self.before:
+            self.before()
+        return self.value
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that runs a phase of 20 steps, 1000 between two saves, and returns what ended it and the steps that were saved."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    stop, saved = StopSignal().install(), []
+
+    def step(trainable, optimizer, frozen, memory, llava, batch, control):
+        return trainable, optimizer, {"loss": losses.get(int(control["step"]) + 1, Loss(1.0))}
+
+    def batches(broken: int):
+        for number in range(20):
+            if number == broken:
+                raise UserError("record 7: a.jpg: no such image")
+            yield {"length": np.ones(8, np.int32), "task_id": np.zeros(8, np.int32), "example": np.arange(8, dtype=np.int32)}
+
+    losses: dict[int, Loss] = {}
+
+    def started(broken: int = -1, **when: Loss):
+        losses.update({int(name[4:]): loss for name, loss in when.items()})
+        logger = RunLogger(tmp_path, 1000, False, False)
+        logger.start_phase(stage=0, stages=1, task="GQA", phase="train", steps=20, first_step=0, steps_after=0)
+        with logger, pytest.raises((Stopped, UserError)) as end:
+            train_phase(
+                plan=PhasePlan(0, 20, 0, lambda task, index: f"GQA record {index}", 1000, "GQA"),
+                state=PhaseState({"block": jnp.zeros(1)}, {}), frozen={}, memory={}, llava={}, batches=batches(broken), step_function=step,
+                method=method_class("lora")(), train=TrainSettings(), mesh=make_mesh({"data": -1, "fsdp": 1, "model": 1}), logger=logger, stop=stop,
+                save=lambda state: saved.append((state.step, state.loss)),
+            )  # fmt: skip
+        return end.value, saved
+
+    yield started
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_while_a_loss_is_waited_for_saves_the_step_that_it_names(run):
+    end, saved = run(step5=Loss(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert isinstance(end, Stopped) and len(saved) == 1
+    assert f"stopped after step {saved[0][0]} of 20" in str(end) and 5 <= saved[0][0] <= 9
+
+
+def test_a_batch_that_cannot_be_made_loses_no_step(run):
+    end, saved = run(broken=9, step9=Loss(0.25))
+    assert isinstance(end, UserError) and "no such image" in str(end) and saved == [(9, 0.25)]
+
+
+def test_nothing_is_saved_before_the_first_step_or_after_a_loss_that_is_not_finite(run):
+    end, saved = run(broken=0)
+    assert "no such image" in str(end) and saved == []
+    end, saved = run(broken=9, step9=Loss(float("nan")))
+    assert "loss is nan at step 9" in str(end) and saved == []
