@@ -144,7 +144,7 @@ def _add_doctor(verbs) -> None:
     parser.add_argument("--step-seconds", type=float, default=0.0, help="measured seconds of a training step, for hours by measurement")
     parser.add_argument("--step-rows", type=int, default=0, help="rows of the measured step; default: config.train.batch_size")
     parser.add_argument("--positions", type=int, default=0, help="mean positions of a row; default: the smallest bucket")
-    parser.add_argument("--compile", action="store_true", help="also compile the training step and read the memory it needs")
+    parser.add_argument("--compile", action="store_true", help="also compile the training step and read what it needs; minutes")
 
 
 def _doctor(arguments) -> None:

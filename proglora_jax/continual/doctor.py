@@ -175,24 +175,23 @@ def _speeds(settings: Settings, stages, machine: Machine, mesh: Any, llava: Any,
 
 
 def _compiled(settings: Settings, llava: Any, stages: list[PlannedStage], plan: MemoryPlan) -> str:
-    """What the compiled step needs, on as many devices as are there and the plan asks for, else on one with its share of the rows."""
+    """What the compiled step needs for the largest bucket: on the plan's devices if they are there, else on one with its share of rows."""
     batches = [stage.batch for stage in stages if stage.train_rows]
     if not batches:
         return "Compiled step: nothing trains."
     fits = plan.devices <= jax.device_count()
     mesh = meshes.make_mesh(dict(plan.mesh.shape) if fits else {"data": 1}, jax.devices()[: plan.devices if fits else 1])
     rows = max(batches) if fits else plan.rows * settings.train.micro_batches
-    tables = []
-    for bucket in settings.data.buckets:
-        # The mean over groups does not change what is held, and a share of the rows may not have as many groups.
-        own = dataclasses.replace(settings, train=dataclasses.replace(settings.train, loss_groups=0, loss_group_size=1))
-        parts = memory.compiled_memory(own, llava, stages[-1].shapes, rows, bucket, mesh)
-        cells = ", ".join(f"{part.name} {part.bytes / 1e9:.2f}" for part in parts)
-        said = f"{memory.total(parts) / 1e9:.2f} GB ({cells})" if parts else "this backend does not say"
-        tables.append(f"  {bucket[0]:5} positions: {said}")
+    bucket = settings.data.buckets[-1]
+    # The mean over groups does not change what is held, and a share of the rows may not have as many groups.
+    own = dataclasses.replace(settings, train=dataclasses.replace(settings.train, loss_groups=0, loss_group_size=1))
+    parts = memory.compiled_memory(own, llava, stages[-1].shapes, rows, bucket, mesh)
+    cells = ", ".join(f"{part.name} {part.bytes / 1e9:.2f}" for part in parts)
+    said = f"{memory.total(parts) / 1e9:.2f} GB ({cells})" if parts else "this backend does not say"
     kind = jax.devices()[0].device_kind
     note = "" if jax.default_backend() != "cpu" else "; XLA for CPU computes 16-bit formats in 32 bits, so an accelerator needs less"
-    return "\n".join([f"Compiled training step, per device, {plan.rows} row(s) at once, for {mesh.size} x {kind}{note}", *tables])
+    load = f"{plan.rows} row(s) of {bucket[0]} positions at once"
+    return f"Compiled training step, per device, {load}, for {mesh.size} x {kind}: {said}{note}"
 
 
 def _advice(warnings: list[str]) -> str:

@@ -175,9 +175,9 @@ def test_the_embedded_benchmark_and_its_model():
 def test_the_compiled_step(monkeypatch):
     config = load_config(str(ROOT / "configs" / "coin_mini.py") + ":smoke", ["--config.mesh.data=1"])
     text = diagnose(config, Machine(devices=1, memory_gb=16), compile_step=True)
-    head = r"Compiled training step, per device, 32 row\(s\) at once, for 1 x cpu; .*\n"
-    found = re.search(head + r" +80 positions: ([\d.]+) GB \(arguments", text)
-    assert found and 1.5 < float(found[1]) < 16 and text.count("positions:") == 2
+    head = r"Compiled training step, per device, 32 row\(s\) of 92 positions at once, for 1 x cpu: "
+    found = re.search(head + r"([\d.]+) GB \(arguments", text)
+    assert found and 1.5 < float(found[1]) < 16 and "XLA for CPU computes 16-bit formats in 32 bits" in text
 
 
 # --------------------------------------------------------------------------------------------------------------------- mistakes
