@@ -256,7 +256,8 @@ def test_a_tokenizer_of_another_model(refuse, model):
     edit(model / "config.json", lambda c: c["text_config"].update(vocab_size=rows - 9))
     assert "lm_head.weight has shape [612, 16], but config.json asks for [603, 16]" in refuse(model__path=str(model))
     tensors = load_file(model / "model.safetensors")
-    save_file({name: array[: rows - 9] if array.shape[0] == rows else array for name, array in tensors.items()}, model / "model.safetensors")
+    tensors = {name: array[: rows - 9] if array.shape[0] == rows else array for name, array in tensors.items()}
+    save_file(tensors, model / "model.safetensors")
     assert f"the tokenizer has {rows} ids but the model's vocabulary has {rows - 9} rows" in refuse(model__path=str(model))
 
 
