@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import common  # noqa: E402
 
 # What the small model needs beside the papers' values: it has 200 steps of width 96, not thousands of width 4096, and without the
-# matching loss its gates stay on the first block (benchmarks/results/coin_mini_gates.md).
+# matching loss its gates stay on the first block (benchmarks/coin_mini.py --set gates).
 SMALL = {
     "proglora_dynamic": {"proj_width": 64, "match_weight": 1.0, "gate_lr_multiplier": 3.0},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_run
 import torch
@@ -12,7 +13,9 @@ from safetensors.torch import load_file
 from tiny_run import here  # noqa: F401 (a fixture)
 
 from proglora_jax import main, tools
+from proglora_jax.checkpoints.sources import find_source
 from proglora_jax.checkpoints.stage import load_records
+from proglora_jax.continual.trained import open_trained
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.synthetic import tokenizer as pieces
 
@@ -65,6 +68,16 @@ def test_a_run_from_three_places_equals_one_from_the_converted_folder(here, tmp_
     metas = [load_records(tiny_run.stage_folders(workdir)[0] / "adapter")["meta"] for workdir in (apart, joined)]
     assert [meta["protocol"] for meta in metas] == ["vicuna_projector_custom"] * 2
     assert metas[0]["backbone"] != metas[1]["backbone"]
+
+    # what a real run leaves is exported: the merged model is the run's, and a run takes it
+    assert tools.main(["convert", "to-hf", str(apart), "--kind", "merged", "--out", str(tmp_path / "merged")]) == 0
+    said = capsys.readouterr().out
+    assert "lora, stage 00_textvqa: its adapter merged into" in said and "signal lost" in said
+    assert find_source(tmp_path / "merged").protocol == "vicuna_projector_custom+lora"
+    trained = open_trained(apart)
+    assert trained.tasks() == ("TextVQA",) and trained.backbone()[1] == ""
+    merged = load_file(tmp_path / "merged" / "model.safetensors")["multi_modal_projector.linear_1.bias"]
+    np.testing.assert_array_equal(merged.numpy(), np.asarray(trained.state.params["mm_projector"]["linear_1"]["bias"]))
 
     # other weights in the same places are noticed, whatever their paths
     other = torch.load(tmp_path / "parts" / "mm_projector.bin")
