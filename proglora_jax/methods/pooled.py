@@ -70,8 +70,10 @@ class Pooled(Method):
         """Gates per block f32[B, M] -> the primitive's gates; the newest block's weight is that of index `stage`."""
         slots = self.pool_slots(params)
         newest = jnp.take(weights, stage, axis=1)[:, None]  # [B, 1]
+        frozen = weights[:, :slots]
+        frozen = jnp.pad(frozen, ((0, 0), (0, slots - frozen.shape[1])))  # the last chunk may hold more slots than there are tasks
         return {
-            "pool": lowrank.repeat_gates(weights[:, :slots], self.rank),
+            "pool": lowrank.repeat_gates(frozen, self.rank),
             "new": lowrank.repeat_gates(newest, self.rank),
             "blocks": weights,
         }
@@ -117,7 +119,9 @@ class Pooled(Method):
         folded = {}
         for name, leaf in self.leaves(state.params).items():
             slots = leaf["pool_a"].shape[-1] // self.rank
-            gate = np.repeat([*weights[:slots], weights[stage]], self.rank)
+            frozen = np.zeros(slots, np.float32)
+            frozen[: len(weights)] = weights[:slots]
+            gate = np.repeat([*frozen, weights[stage]], self.rank)
             a = jnp.concatenate([leaf["pool_a"], leaf["a"]], axis=-1)
             b = jnp.concatenate([leaf["pool_b"], leaf["b"]], axis=1) * (self.scale * gate)[None, :, None]
             if self.fuse == "factor":

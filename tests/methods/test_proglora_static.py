@@ -38,7 +38,7 @@ def blocks(state, method):
 
 @pytest.mark.parametrize("weights,expected", [
     ("similarity", [[1, 0, 0], [0.75, 1, 0], [0.5, 0.75, 1]]), ("ones", [[1, 0, 0], [1, 1, 0], [1, 1, 1]])])  # fmt: skip
-@pytest.mark.parametrize("pool_chunk", [0, 1, 2])
+@pytest.mark.parametrize("pool_chunk", [0, 1, 2, 5])
 def test_each_task_has_its_row_and_uses_blocks_up_to_its_own(rng, weights, expected, pool_chunk):
     method = static(weights=weights, pool_chunk=pool_chunk)
     state = world.stages(method, 3)
@@ -110,7 +110,7 @@ def test_replay_by_flag():
 
 
 @pytest.mark.parametrize("fields", [
-    {}, {"fuse": "factor"}, {"weights": "ones"}, {"pool_chunk": 1}, {"pool_chunk": 1, "fuse": "factor"}], ids=str)  # fmt: skip
+    {}, {"fuse": "factor"}, {"weights": "ones"}, {"pool_chunk": 1}, {"pool_chunk": 5}, {"pool_chunk": 1, "fuse": "factor"}], ids=str)  # fmt: skip
 def test_the_folded_adapter_of_a_task_equals_the_method(rng, fields):
     method = static(**fields)
     state = world.stages(method, 3)
@@ -121,7 +121,7 @@ def test_the_folded_adapter_of_a_task_equals_the_method(rng, fields):
         np.testing.assert_allclose((x @ folded["a"][0]) @ folded["b"][0], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pool_chunk", [0, 1, 2])
+@pytest.mark.parametrize("pool_chunk", [0, 1, 2, 5])
 def test_a_restored_state_goes_on_as_before(pool_chunk):
     method = static(pool_chunk=pool_chunk)
     states = [world.stages(method, count) for count in (1, 2, 3)]
