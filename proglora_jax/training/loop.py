@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import resource
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -166,9 +168,11 @@ def start_phase(trainable: PyTree, train: TrainSettings, mesh: Mesh) -> PhaseSta
 
 
 def memory_peak() -> int | None:
-    """Peak bytes in use on the first device, where the platform says."""
-    statistics = jax.local_devices()[0].memory_stats()
-    return None if not statistics else statistics.get("peak_bytes_in_use")
+    """Peak bytes in use on the first device; on CPU, where the device has no count of its own, of this process."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def _not_finite(plan: PhasePlan, step: int, loss: float, task_id: np.ndarray, example: np.ndarray) -> str:

@@ -13,7 +13,7 @@ from proglora_jax.core.mesh import make_mesh
 from proglora_jax.data.errors import UserError
 from proglora_jax.methods.registry import method_class
 from proglora_jax.training.log import RunLogger
-from proglora_jax.training.loop import PhasePlan, PhaseState, Stopped, StopSignal, train_phase
+from proglora_jax.training.loop import PhasePlan, PhaseState, Stopped, StopSignal, memory_peak, train_phase
 from proglora_jax.training.settings import TrainSettings
 
 
@@ -80,3 +80,8 @@ def test_nothing_is_saved_before_the_first_step_or_after_a_loss_that_is_not_fini
     assert "no such image" in str(end) and saved == []
     end, saved = run(broken=9, step9=Loss(float("nan")))
     assert "loss is nan at step 9" in str(end) and saved == []
+
+
+def test_the_peak_of_memory_on_cpu_is_the_process_s_own():
+    held = np.ones(64 << 20, np.uint8)
+    assert held.nbytes < memory_peak() < 64 << 30
