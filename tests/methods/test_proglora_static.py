@@ -110,7 +110,8 @@ def test_replay_by_flag():
 
 
 @pytest.mark.parametrize("fields", [
-    {}, {"fuse": "factor"}, {"weights": "ones"}, {"pool_chunk": 1}, {"pool_chunk": 5}, {"pool_chunk": 1, "fuse": "factor"}], ids=str)  # fmt: skip
+    {}, {"fuse": "factor"}, {"weights": "ones"}, {"pool_chunk": 1}, {"pool_chunk": 5},
+    {"pool_chunk": 1, "fuse": "factor"}], ids=str)  # fmt: skip
 def test_the_folded_adapter_of_a_task_equals_the_method(rng, fields):
     method = static(**fields)
     state = world.stages(method, 3)
