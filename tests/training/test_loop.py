@@ -54,7 +54,8 @@ def run(tmp_path):
             train_phase(
                 plan=PhasePlan(0, 20, 0, lambda task, index: f"GQA record {index}", 1000, "GQA"),
                 state=PhaseState({"block": jnp.zeros(1)}, {}), frozen={}, memory={}, llava={}, batches=batches(broken),
-                step_function=step, method=method_class("lora")(), train=TrainSettings(), mesh=make_mesh({"data": -1, "fsdp": 1, "model": 1}), logger=logger, stop=stop,
+                step_function=step, method=method_class("lora")(), train=TrainSettings(),
+                mesh=make_mesh({"data": -1, "fsdp": 1, "model": 1}), logger=logger, stop=stop,
                 save=lambda state: saved.append((state.step, state.loss)),
             )  # fmt: skip
         return end.value, saved
