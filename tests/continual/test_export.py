@@ -71,7 +71,7 @@ def write_run(workdir: Path, model: Path, source, name: str, protocol: str, fiel
         state = initial if stage.fresh or before is None else before[0]
         info = TaskInfo(stage.index, stage.name, total, 10, np.full(stage.index, 0.37, np.float32), 0)
         state = method.start_task(state, info, None)
-        draw = lambda leaf: leaf + 0.15 * rng.standard_normal(np.shape(leaf)).astype("f4")  # noqa: B023
+        draw = lambda leaf: leaf + 0.05 * rng.standard_normal(np.shape(leaf)).astype("f4")  # noqa: B023
         drawn = {} if name == "zero_shot" else {part: jax.tree.map(draw, state.params[part]) for part in ("block", "mm_projector")}
         state = dataclasses.replace(state, params=state.params | drawn)
         tree = jax.tree.map(np.asarray, method.to_disk(state)) | {"embedding": {f"task_{stage.index:02d}": {}}}
