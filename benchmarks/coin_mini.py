@@ -116,16 +116,17 @@ def write(name: str, records: list[dict]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"coin_mini_{name}.json").write_text(json.dumps(records, indent=1) + "\n")
     lines = [f"# coin_mini: {name}", "", f"`python benchmarks/coin_mini.py --set {name} --seeds {' '.join(sorted({str(r['seed']) for r in records}))}`", "",
-             "Means over seeds (each seed's value in brackets), accuracies in %, 200 questions a task. Own block largest: for how many of the",
-             "eight tasks the task's own block has the largest mean gate after the last task. Clean: scores without the benchmark's quirks.", ""]
+             "Means over seeds (each seed's value in brackets), accuracies in %, 200 questions a task. Own block largest: for how many",
+             "of the eight tasks the own block has the largest mean gate after the last task (by construction for static). Clean: scores without the benchmark's quirks.", ""]
     variants = list(dict.fromkeys(record["variant"] for record in records))
     columns = list(summary(records[0]))
-    lines += ["| variant | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    lines += ["| variant | seeds | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for variant in variants:
         values = [summary(record) for record in records if record["variant"] == variant]
         cells = [f"{statistics.fmean(v[c] for v in values):.1f} ({', '.join(f'{v[c]:.1f}' for v in values)})" for c in columns]
         cells = ["no gates" if cell.startswith("nan") else cell for cell in cells]
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+        seeds = ", ".join(str(record["seed"]) for record in records if record["variant"] == variant)
+        lines.append(f"| {variant} | {seeds} | " + " | ".join(cells) + " |")
     tasks = records[0]["tasks"]
     for title, pick in (("Right after training", lambda m, i: m[i][i]), ("After the last task", lambda m, i: m[-1][i])):
         lines += ["", f"## {title}", "", "| variant | " + " | ".join(tasks) + " |", "|---|" + "---|" * len(tasks)]
