@@ -2,7 +2,7 @@
 
     answers/<Task>.partial.jsonl   a header, then one line per answered question, each with a checksum; appended batch by batch
     answers/<Task>.jsonl           the same, complete
-    scores/<Task>.json             accuracy in both modes, mean gates, and the hash of the answers that were scored
+    scores/<Task>.json             accuracy in both modes, mean gates, and what was asked: the hashes of questions, references and answers
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from proglora_jax.data.errors import UserError
 from proglora_jax.data.pipeline import eval_batches
 from proglora_jax.data.schema import Question
 from proglora_jax.data.tasks import TASKS
-from proglora_jax.evaluation.evaluator import score_answers
+from proglora_jax.evaluation.evaluator import references, score_answers
 from proglora_jax.evaluation.scores import ScoreOptions
 from proglora_jax.training.console import Progress
 from proglora_jax.training.loop import Stopped
+
+# Of an answers' header. A run that goes on with another batch size, as it must after running out of memory, keeps its answers.
+MUST_AGREE = ("task", "adapter", "questions", "max_new_tokens", "image_mode")
 
 
 def evaluate_task(session: Session, state: CLState, digest: str, task: int, task_id: int, folder: Path) -> tuple[dict[str, Any], bool]:
@@ -51,16 +55,18 @@ def evaluate_task(session: Session, state: CLState, digest: str, task: int, task
     """
     name = session.tasks[task]
     path, answers = folder / "scores" / f"{name}.json", folder / "answers" / f"{name}.jsonl"
-    known = finished_scores(path, answers, digest)
+    questions, auxiliary = session.questions(name), session.data[name].auxiliary
+    header = _header(session, digest, name, questions)
+    asked = {field: header[field] for field in MUST_AGREE} | {"references": _hash(references(TASKS[name].scorer, questions, auxiliary))}
+    known = finished_scores(path, answers, asked)
     if known is not None:
         return known, True
-    questions = session.questions(name)
     began = time.monotonic()
-    texts, gates = _answers(session, state, digest, name, task_id, questions, answers)
+    texts, gates = _answers(session, state, header, task_id, questions, answers)
     options = ScoreOptions(session.settings.evaluate.imagenet_empty_ok, session.settings.evaluate.grounding_truncate)
-    result = score_answers(TASKS[name].scorer, texts, questions, session.data[name].auxiliary, options)
+    result = score_answers(TASKS[name].scorer, texts, questions, auxiliary, options)
     result |= {
-        "task": name, "adapter": digest, "answers_sha256": sha256_of_file(answers) if session.chief else "", "gates": gates,
+        "task": name, "asked": asked, "answers_sha256": sha256_of_file(answers) if session.chief else "", "gates": gates,
         "seconds": time.monotonic() - began, "image_mode": image_mode(session, name),
     }
     if session.chief:
@@ -68,15 +74,31 @@ def evaluate_task(session: Session, state: CLState, digest: str, task: int, task
     return result, False
 
 
-def finished_scores(path: Path, answers: Path, digest: str) -> dict[str, Any] | None:
-    """A task's scores if they are there, intact, of this adapter, and of the answers that lie beside them; else None."""
+def finished_scores(path: Path, answers: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A task's scores if they are there, intact, of this adapter and these questions and references, and of the answers beside them.
+
+    Args:
+        path: scores/<Task>.json.
+        answers: answers/<Task>.jsonl.
+        asked: what the header of the answers must say (MUST_AGREE), and the hash of the references; with other values the scores are
+            made again, from the answers where only the references changed.
+    """
     try:
         known = read_json(path, checksum=True)
     except UserError:
         return None
-    if known.get("adapter") != digest or not answers.exists() or sha256_of_file(answers) != known.get("answers_sha256"):
+    if known.get("asked") != dict(asked) or not answers.exists() or sha256_of_file(answers) != known.get("answers_sha256"):
         return None
     return known
+
+
+def _header(session: Session, digest: str, name: str, questions: list[Question]) -> dict[str, Any]:
+    """The first line of the answers' file: everything that an answer depends on, and the batch size, on which it does not."""
+    evaluate = session.settings.evaluate
+    cap = evaluate.max_new_tokens or TASKS[name].max_new_tokens
+    asked = [(question.id, question.text, os.path.basename(question.image or "")) for question in questions]
+    return {"task": name, "adapter": digest, "questions": _hash(asked), "max_new_tokens": cap, "batch_size": evaluate.batch_size,
+            "image_mode": image_mode(session, name)}
 
 
 def image_mode(session: Session, name: str) -> str:
@@ -84,16 +106,13 @@ def image_mode(session: Session, name: str) -> str:
     return TASKS[name].coin_image_mode if session.settings.evaluate.image_mode == "coin" else "pad"
 
 
-def _answers(session: Session, state: CLState, digest: str, name: str, task_id: int, questions: list[Question], path: Path):
+def _answers(session: Session, state: CLState, header: dict[str, Any], task_id: int, questions: list[Question], path: Path):
     """Answers of all questions, by index, and the mean gate of each block; generated from where the partial file ends."""
-    evaluate = session.settings.evaluate
+    evaluate, name = session.settings.evaluate, header["task"]
     batches = eval_batches(
         questions, session.encoder, session.eval_loader(image_mode(session, name)), batch_size=evaluate.batch_size, task_id=task_id,
         lengths=evaluate.prompt_lengths, process_index=jax.process_index(), process_count=jax.process_count(),
     )
-    cap = evaluate.max_new_tokens or TASKS[name].max_new_tokens
-    header = {"task": name, "adapter": digest, "questions": _questions_hash(questions), "max_new_tokens": cap,
-              "batch_size": evaluate.batch_size, "image_mode": image_mode(session, name)}
     partial = path.with_suffix(".partial.jsonl")
     entries = read_answers(path, header) if path.exists() else {}
     if len(entries) == len(questions):
@@ -104,7 +123,7 @@ def _answers(session: Session, state: CLState, digest: str, name: str, task_id: 
         first += 1
     entries = {index: entries[index] for n in range(first) for index in batches.members(n)}
     file = _reopen(partial, header, entries) if session.chief else None
-    generate = session.generator(cap)
+    generate = session.generator(header["max_new_tokens"])
     with Progress(f"evaluate {name}", len(questions), chief=session.chief) as progress:
         progress.update(len(entries))
         for batch in batches.batches(first, session.settings.data.threads):
@@ -146,8 +165,8 @@ def _mean_gates(entries: dict[int, dict]) -> list[float]:
     return [float(value) for value in np.mean([entries[index]["gates"] for index in sorted(entries)], axis=0)]
 
 
-def _questions_hash(questions: list[Question]) -> str:
-    return f"{zlib.crc32(repr([(q.id, q.text, os.path.basename(q.image or '')) for q in questions]).encode('utf-8', 'replace')):08x}"
+def _hash(items: list) -> str:
+    return f"{zlib.crc32(repr(items).encode('utf-8', 'replace')):08x}"
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -172,7 +191,7 @@ def read_answers(path: Path, header: dict | None = None) -> dict[int, dict]:
 
     Args:
         path: a file as described above; it need not exist.
-        header: what its first line must say; answers under another header are not trusted.
+        header: what its first line must say of MUST_AGREE; answers under another header are not trusted.
     """
     if not path.exists():
         return {}
@@ -186,6 +205,7 @@ def read_answers(path: Path, header: dict | None = None) -> dict[int, dict]:
             continue
         if zlib.crc32(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace")) == crc:
             rows.append(row)
-    if not rows or (header is not None and rows[0] != json.loads(json.dumps(header))):
+    agreed = header is None or (rows and all(rows[0].get(field) == header[field] for field in MUST_AGREE))
+    if not rows or not agreed:
         return {}
     return {row["index"]: row for row in rows if "index" in row}

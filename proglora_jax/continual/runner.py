@@ -52,7 +52,8 @@ def run(session: Session) -> None:
                 f"{stage.folder(session.workdir)}: was trained on another backbone than config.model.path={session.settings.model.path} "
                 f"holds now (hash {done.meta['backbone'][:12]}, now {session.base[:12]}); put that model back, or choose another workdir")
         if session.chief:
-            shutil.rmtree(stage.folder(session.workdir) / PROGRESS, ignore_errors=True)
+            for progress in stage.folder(session.workdir).glob(f"{PROGRESS}*"):
+                shutil.rmtree(progress, ignore_errors=True)
         if session.stop.requested:
             raise Stopped(f"stopped after training stage {stage.number + 1}; the stage is saved")
         _evaluate_stage(session, stage, done)
@@ -181,14 +182,22 @@ def _resume(session: Session, folder: Path, phase: Phase, origin: str, state: Ph
     if path is None:
         return 0.0
     like = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
-    if load_records(path)["meta"]["origin"] != origin:
-        logging.warning("Progress %s is dropped: the stage began with another state then than it does now.", path.name)
+    records = load_records(path)
+    problem = "the stage began with another state then than it does now" if records["meta"]["origin"] != origin else ""
+    try:
+        iterator.set_state(records["iterator"])
+    except UserError as error:  # other buckets, mended records, another tokenizer: its batches are not those of the steps done
+        problem = problem or str(error)
+    if problem:
+        aside = folder.with_name(f"{PROGRESS}_dropped")
+        logging.warning("Progress %s is dropped: %s. The stage begins anew; the old progress is kept in %s until then.", path.name, problem, aside)
         if session.chief:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        iterator.set_state(iterator.get_state() | {"next_index": 0})
         return 0.0
     try:
-        loaded, records = load_checkpoint(path, {"trainable": like(state.trainable), "optimizer": like(state.optimizer)})
-        iterator.set_state(records["iterator"])
+        loaded, _ = load_checkpoint(path, {"trainable": like(state.trainable), "optimizer": like(state.optimizer)})
     except UserError as error:
         raise UserError(f"{path} cannot be continued: {error}") from error
     state.trainable, state.optimizer = loaded["trainable"], loaded["optimizer"]

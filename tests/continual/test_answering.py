@@ -9,7 +9,8 @@ import pytest
 from proglora_jax.checkpoints.integrity import atomic_write_json, sha256_of_file
 from proglora_jax.continual.answering import _line, _reopen, finished_scores, read_answers
 
-HEADER = {"task": "GQA", "adapter": "abc", "batch_size": 2}
+HEADER = {"task": "GQA", "adapter": "abc", "questions": "0f", "max_new_tokens": 5, "image_mode": "pad", "batch_size": 2}
+ASKED = {"task": "GQA", "adapter": "abc", "questions": "0f", "max_new_tokens": 5, "image_mode": "pad", "references": "1a"}
 ROWS = {
     0: {"index": 0, "text": "plain", "gates": [0.5, 0.25]},
     3: {"index": 3, "text": "line\u2028separators \x85 and \n breaks", "gates": []},
@@ -52,21 +53,25 @@ def test_any_flipped_bit_costs_the_lines_it_touches_and_changes_no_answer(path):
 
 
 def test_answers_under_another_header_are_not_trusted(path):
-    assert read_answers(path, HEADER | {"adapter": "other"}) == {}
+    for field in ("task", "adapter", "questions", "max_new_tokens", "image_mode"):
+        assert read_answers(path, HEADER | {field: "other"}) == {}
+    assert read_answers(path, HEADER | {"batch_size": 7}) == ROWS  # answers do not depend on it
     assert read_answers(path.with_name("nothing.jsonl"), HEADER) == {}
     assert read_answers(path) == ROWS
 
 
-def test_scores_are_finished_only_with_the_answers_and_the_adapter_they_came_from(path, tmp_path):
+def test_scores_are_finished_only_with_the_answers_questions_references_and_adapter_they_came_from(path, tmp_path):
     scores = tmp_path / "scores" / "GQA.json"
-    assert finished_scores(scores, path, "abc") is None
-    atomic_write_json(scores, {"adapter": "abc", "answers_sha256": sha256_of_file(path), "accuracy": {"coin": 50.0}}, checksum=True)
-    assert finished_scores(scores, path, "abc")["accuracy"] == {"coin": 50.0}
-    assert finished_scores(scores, path, "abd") is None
+    assert finished_scores(scores, path, ASKED) is None
+    record = {"asked": ASKED, "answers_sha256": sha256_of_file(path), "accuracy": {"coin": 50.0}}
+    atomic_write_json(scores, record, checksum=True)
+    assert finished_scores(scores, path, ASKED)["accuracy"] == {"coin": 50.0}
+    for field in ASKED:
+        assert finished_scores(scores, path, ASKED | {field: "other"}) is None
     content = json.loads(scores.read_text())
     path.write_text(path.read_text() + "\n")
-    assert finished_scores(scores, path, "abc") is None
+    assert finished_scores(scores, path, ASKED) is None
     path.unlink()
-    assert finished_scores(scores, path, "abc") is None
+    assert finished_scores(scores, path, ASKED) is None
     scores.write_text(json.dumps(content | {"accuracy": {"coin": 60.0}}))
-    assert finished_scores(scores, path, "abc") is None
+    assert finished_scores(scores, path, ASKED) is None

@@ -125,9 +125,8 @@ def test_how_often_progress_is_saved_changes_nothing(here, dynamic):
     assert tiny_run.differences(tiny_run.outcome(other), tiny_run.outcome(dynamic)) == []
 
 
-def test_progress_that_went_on_from_another_state_is_dropped(here, dynamic, monkeypatch, caplog):
-    """A stage that was half trained on a predecessor that is not there any more starts again from the one that is."""
-    workdir = here.folder / "another"
+def stopped_in_the_second_stage(here, monkeypatch, name, **fields):
+    """The workdir of a run that was stopped after step 5 of its second stage."""
     step = RunLogger.step
 
     def stop(self, number, *rest, **more):
@@ -138,9 +137,15 @@ def test_progress_that_went_on_from_another_state_is_dropped(here, dynamic, monk
     with monkeypatch.context() as patch:
         patch.setattr(RunLogger, "step", stop)
         with pytest.raises(Stopped, match="of the stage ImageNet; the progress is saved"):
-            here.run("another", train__learning_rate=1e-2)
+            here.run(name, **fields)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert list((workdir / "stages" / "01_imagenet" / "progress").iterdir())
+    assert list((here.folder / name / "stages" / "01_imagenet" / "progress").iterdir())
+    return here.folder / name
+
+
+def test_progress_that_went_on_from_another_state_is_dropped(here, dynamic, monkeypatch, caplog):
+    """A stage that was half trained on a predecessor that is not there any more starts again from the one that is."""
+    workdir = stopped_in_the_second_stage(here, monkeypatch, "another", train__learning_rate=1e-2)
     # the first stage of the other run, with its own config: as if stage 1 had been lost and trained again elsewhere
     shutil.rmtree(workdir / "stages" / "00_textvqa")
     shutil.copytree(dynamic / "stages" / "00_textvqa", workdir / "stages" / "00_textvqa")
@@ -148,6 +153,37 @@ def test_progress_that_went_on_from_another_state_is_dropped(here, dynamic, monk
     here.run("another")
     assert "is dropped: the stage began with another state then than it does now" in caplog.text
     assert tiny_run.differences(tiny_run.outcome(workdir), tiny_run.outcome(dynamic)) == []
+
+
+def test_changed_buckets_cost_the_stage_that_was_under_way_and_no_other(here, dynamic, monkeypatch, caplog):
+    """The plan of batches is another one then, so the steps done cannot be continued; what is finished stays."""
+    workdir = stopped_in_the_second_stage(here, monkeypatch, "buckets")
+    finished = tiny_run.stage_folders(workdir)[0] / "adapter" / "meta.json"
+    before = finished.stat().st_mtime_ns
+    here.run("buckets", data__buckets=((90, 20), (92, 24)))
+    assert re.search(r"Progress train_\d+ is dropped: iterator state: it was saved with other data or settings", caplog.text)
+    assert finished.stat().st_mtime_ns == before and load_run(workdir).finished
+    assert sorted(p.name for p in (workdir / "stages" / "01_imagenet").iterdir()) == ["adapter", "answers", "scores"]
+    assert tiny_run.differences(tiny_run.outcome(workdir), tiny_run.outcome(dynamic)) != []
+
+
+def test_questions_that_changed_are_asked_again_and_references_only_scored_again(here, dynamic):
+    workdir, root = here.folder / "mended", here.folder / "mended_data"
+    shutil.copytree(dynamic, workdir)
+    shutil.copytree(here.root, root)
+    file = root / "playground" / "Instructions_Original" / "OCRVQA" / "test.json"
+    records = json.loads(file.read_text())
+    records[0]["answer"] = "mended"
+    file.write_text(json.dumps(records))
+    answers = {p: p.stat().st_mtime_ns for p in workdir.glob("stages/*/answers/*")}
+    scores = {p: p.stat().st_mtime_ns for p in workdir.glob("stages/*/scores/*")}
+    here.run("mended", data__root=str(root))
+    assert {p: p.stat().st_mtime_ns for p in answers} == answers
+    assert {p.name for p, when in scores.items() if p.stat().st_mtime_ns != when} == {"OCRVQA.json"}
+    records[0]["text"] = "Is it another question?"
+    file.write_text(json.dumps(records))
+    here.run("mended", data__root=str(root))
+    assert {p.name for p, when in answers.items() if p.stat().st_mtime_ns != when} == {"OCRVQA.jsonl"}
 
 
 def test_a_changed_backbone_is_noticed(here, dynamic):
