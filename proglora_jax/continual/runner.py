@@ -190,7 +190,8 @@ def _resume(session: Session, folder: Path, phase: Phase, origin: str, state: Ph
         problem = problem or str(error)
     if problem:
         aside = folder.with_name(f"{PROGRESS}_dropped")
-        logging.warning("Progress %s is dropped: %s. The stage begins anew; the old progress is kept in %s until then.", path.name, problem, aside)
+        text = "Progress %s is dropped: %s. The stage begins anew; the old progress is kept in %s until it ends."
+        logging.warning(text, path.name, problem, aside)
         if session.chief:
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
