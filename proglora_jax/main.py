@@ -67,10 +67,12 @@ def main(argv: list[str]) -> None:
 
 def _run_flags(config: dict[str, Any]) -> None:
     # Imported here: --help and a mistyped flag should not wait for jax.
+    from proglora_jax.core.host import keep_freed_memory
     from proglora_jax.training.console import setup_console
     from proglora_jax.training.loop import Stopped
 
     setup_console()
+    keep_freed_memory()
     _join_processes()
     command = " ".join(shlex.quote(arg) for arg in ["python", "-m", "proglora_jax.main", *sys.argv[1:]])
     try:

@@ -16,6 +16,9 @@ from absl import flags
 
 import jax
 
+from proglora_jax.core.host import keep_freed_memory
+
+keep_freed_memory()  # before the first device is made
 jax.config.update("jax_default_matmul_precision", "highest")
 if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()

@@ -1,0 +1,50 @@
+"""Freed memory stays with the process on CPU hosts: page faults of a repeated large allocation, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from proglora_jax.core import host
+
+CODE = """
+import resource, sys
+import numpy as np
+from proglora_jax.core.host import keep_freed_memory
+made = keep_freed_memory() if {keep} else None
+for round in range(20):
+    if round == 4:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(16 << 20, np.float32)
+print(made, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(keep: bool, platforms: str = "cpu") -> tuple[str, int]:
+    """(what the call returned, page faults of 16 rounds of a 64 MiB array)."""
+    # numpy asks for huge pages, which would hide the faults
+    environment = {**os.environ, "JAX_PLATFORMS": platforms, "NUMPY_MADVISE_HUGEPAGE": "0"}
+    command = [sys.executable, "-c", CODE.format(keep=keep)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    made, count = done.stdout.split()
+    return made, int(count)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
+def test_a_buffer_that_comes_back_costs_no_page_faults():
+    made, kept = faults(True)
+    if made == "False":
+        pytest.skip("the C library is not glibc")
+    _, given_back = faults(False)
+    assert given_back > 16 * 10_000 and kept < given_back / 100
+
+
+def test_hosts_of_accelerators_are_left_alone(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    assert host.keep_freed_memory() is False
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: object())
+    assert host.keep_freed_memory() is False
