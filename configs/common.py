@@ -44,7 +44,10 @@ SECTIONS = {
         "batch_size": 32, "max_new_tokens": 0, "prompt_lengths": (704, 1024, 2048), "image_mode": "coin", "subset_size": 0,
         "subset_seed": 0, "imagenet_empty_ok": True, "grounding_truncate": True,
     },
-    "similarity": {"encoders": "backbone", "pool": "cls", "max_samples": 10000, "clamp": True},
+    # "vit_bert" is the paper's choice and needs two folders more; "backbone" makes do with what is loaded anyway.
+    "similarity": {
+        "encoders": "backbone", "vit_path": "", "bert_path": "", "pool": "cls", "text_pool": "mean", "max_samples": 10000, "clamp": True,
+    },
     "mesh": {"data": -1, "fsdp": 1, "model": 1},
     "run": {
         "seed": 0, "protocol": "sequential", "isolated_results": "", "published_row": "", "checkpoint_every_steps": 500,

@@ -9,8 +9,9 @@ import tiny_hf
 import torch
 import transformers
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 WORDS = (
-    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789?.,:[]'-", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"),
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *"?.,:[]'-", *(f"##{letter}" for letter in LETTERS),
     "what", "is", "the", "object", "in", "image", "color", "word", "##ing", "answer",
 )  # fmt: skip
 

@@ -16,6 +16,8 @@ from proglora_jax.checkpoints.names import Row
 from proglora_jax.checkpoints.sources import CONFIG, Path, files_digest, index_folder, read_fields
 from proglora_jax.checkpoints.tensors import FLOATS, StoredTensor
 from proglora_jax.data.errors import UserError, raise_collected
+from proglora_jax.data.images import ImageSpec
+from proglora_jax.data.word_pieces import load_word_pieces
 from proglora_jax.models.encoders import BertEncoder, VitEncoder, abstract_bert, abstract_vit
 from proglora_jax.models.layers import fill, path_of
 from proglora_jax.models.presets import BertConfig, VitConfig
@@ -87,6 +89,13 @@ def find_bert(folder: Path, field: str = "config.similarity.bert_path") -> Encod
 def find_vit(folder: Path, field: str = "config.similarity.vit_path") -> EncoderSource:
     """Finds a ViT (vit-base-patch16-224, or one of another size); arguments and errors as for `find_bert`."""
     return _find(folder, field, "ViT", "vit", VitConfig.from_hf, _VIT_NAMES)
+
+
+def check_encoders(vit_path: Path, bert_path: Path) -> None:
+    """Looks whether both encoders are there and whole, their tokenizer and image settings too; errors as those of what reads them."""
+    vit, bert = find_vit(vit_path), find_bert(bert_path)
+    ImageSpec.from_folder(str(vit.folder), vit=True)
+    load_word_pieces(str(bert.folder), bert.config.vocab_size, bert.config.max_position_embeddings)
 
 
 def _find(folder: Path, field: str, what: str, kind: str, read: Callable, names: tuple[tuple[str, str], ...]) -> EncoderSource:

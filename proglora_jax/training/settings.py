@@ -165,14 +165,20 @@ class SimilaritySettings:
     """How alike two tasks are.
 
     Attributes:
-        encoders: "backbone" (its own vision tower and word embeddings).
+        encoders: "backbone" (its own vision tower and word embeddings, no download) or "vit_bert" (the paper's: a ViT and a BERT).
+        vit_path: Hugging Face folder of the ViT (the paper's size is vit-base-patch16-224), for "vit_bert".
+        bert_path: Hugging Face folder of the BERT (bert-base-uncased), for "vit_bert".
         pool: "cls" or "mean" over the patches of an image.
+        text_pool: "mean" over the tokens of a text, or "cls" (of a BERT; word embeddings have none).
         max_samples: examples of a task that are averaged, chosen by seed.
         clamp: whether similarities are clamped to [0, 1].
     """
 
     encoders: str = "backbone"
+    vit_path: str = ""
+    bert_path: str = ""
     pool: str = "cls"
+    text_pool: str = "mean"
     max_samples: int = 10000
     clamp: bool = True
 

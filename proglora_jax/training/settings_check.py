@@ -63,8 +63,11 @@ def check_settings(settings: Any) -> None:
         _one_of("evaluate.image_mode", evaluate.image_mode, ("coin", "pad")),
         *(_at_least(f"evaluate.{name}", getattr(evaluate, name), least) for name, least in {
             "batch_size": 1, "max_new_tokens": 0, "subset_size": 0, "subset_seed": 0}.items()),
-        _one_of("similarity.encoders", settings.similarity.encoders, ("backbone",)),
+        _one_of("similarity.encoders", settings.similarity.encoders, ("backbone", "vit_bert")),
         _one_of("similarity.pool", settings.similarity.pool, ("cls", "mean")),
+        _one_of("similarity.text_pool", settings.similarity.text_pool, ("cls", "mean")),
+        (settings.similarity.text_pool == "mean" or settings.similarity.encoders == "vit_bert", "similarity.text_pool", "'cls'",
+         "the backbone's word embeddings have no class token; set config.similarity.text_pool=mean, or encoders=vit_bert"),
         _at_least("similarity.max_samples", settings.similarity.max_samples, 1),
         _one_of("run.published_row", run.published_row, ("", *ROWS)),
         _one_of("run.protocol", run.protocol, ("sequential", "isolated")),

@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_run import here  # noqa: F401 (a fixture)
 
 from proglora_jax.continual import similarity
+from proglora_jax.continual.similarity_encoders import open_encoders
 from proglora_jax.continual.session import open_session
 from proglora_jax.continual.stage_data import chosen_batches, own_rows, stage_data
 from proglora_jax.continual.stages import plan_stages
@@ -111,7 +112,8 @@ def test_chosen_rows_come_in_full_batches_with_their_places(session, last):
 def embeddings(session):
     """Our embedding of each task."""
     stages = plan_stages(session.tasks, session.method, "sequential")
-    return {stage.name: similarity.task_embedding(session, stage.name, own_rows(session, stage), 4) for stage in stages}
+    encoders = open_encoders(session)
+    return {stage.name: similarity.task_embedding(session, encoders, stage.name, own_rows(session, stage)) for stage in stages}
 
 
 def test_task_embeddings_are_means_over_images_and_words(here, session, embeddings):

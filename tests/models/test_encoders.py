@@ -16,10 +16,16 @@ from proglora_jax.data.errors import UserError
 from proglora_jax.models.layers import Settings
 
 SETTINGS = Settings()
-BERTS = {"plain": {}, "odd": dict(hidden_size=21, num_attention_heads=3, intermediate_size=17, num_hidden_layers=2, hidden_act="gelu_pytorch_tanh",
-                                  layer_norm_eps=1e-5, type_vocab_size=1)}  # fmt: skip
-VITS = {"plain": {}, "odd": dict(hidden_size=18, num_attention_heads=3, intermediate_size=11, num_hidden_layers=2, image_size=15, patch_size=5,
-                                 qkv_bias=False, layer_norm_eps=1e-5)}  # fmt: skip
+BERTS = {
+    "plain": {},
+    "odd": dict(hidden_size=21, num_attention_heads=3, intermediate_size=17, num_hidden_layers=2, hidden_act="gelu_pytorch_tanh",
+                layer_norm_eps=1e-5, type_vocab_size=1),
+}  # fmt: skip
+VITS = {
+    "plain": {},
+    "odd": dict(hidden_size=18, num_attention_heads=3, intermediate_size=11, num_hidden_layers=2, image_size=15, patch_size=5,
+                qkv_bias=False, layer_norm_eps=1e-5),
+}  # fmt: skip
 
 
 def texts(rng, vocabulary):
@@ -90,18 +96,28 @@ def test_vit_after_every_layer(case, rng, tmp_path):
     np.testing.assert_allclose(jax.jit(lambda model: model(image, SETTINGS))(ours), whole, rtol=1e-4, atol=1e-4)
 
 
+MEMORY = {
+    r"^encoder\.layer\.": "layers.", r"attention\.attention\.query": "attention.q_proj", r"attention\.attention\.key": "attention.k_proj",
+    r"attention\.attention\.value": "attention.v_proj", r"attention\.output\.dense": "attention.o_proj",
+    r"intermediate\.dense": "mlp.fc1", r"(\d)\.output\.dense": r"\1.mlp.fc2",
+}  # fmt: skip
+
+
 def in_memory(name):
-    """A ViT's names inside of transformers 5."""
-    for old, new in ((r"^encoder\.layer\.", "layers."), (r"attention\.attention\.query", "attention.q_proj"), (r"attention\.attention\.key",
-                     "attention.k_proj"), (r"attention\.attention\.value", "attention.v_proj"), (r"attention\.output\.dense", "attention.o_proj"),
-                     (r"intermediate\.dense", "mlp.fc1"), (r"(\d)\.output\.dense", r"\1.mlp.fc2")):  # fmt: skip
+    """A ViT's name inside of transformers 5."""
+    for old, new in MEMORY.items():
         name = re.sub(old, new, name)
     return name
 
 
+def as_tensorflow(name):
+    """A norm's name in the first BERT files."""
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
 RENAMES = {
     "prefix": lambda kind, name: f"{kind}.{name}",
-    "old_norms": lambda kind, name: f"{kind}.{name}".replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"),
+    "old_norms": lambda kind, name: f"{kind}.{as_tensorflow(name)}",
     "no_pooler": lambda kind, name: None if name.startswith("pooler") else name,
     "memory": lambda kind, name: f"{kind}.{in_memory(name)}" if kind == "vit" else f"model.{kind}.{name}",
 }
@@ -154,7 +170,7 @@ def test_what_is_no_such_encoder_is_one_sentence(tmp_path):
 
 
 def test_published_sizes_have_the_published_parameter_lists():
-    """Shapes only: bert-base-uncased has 109,482,240 parameters with its pooler of 590,592, vit-base-patch16-224 without pooler 85,798,656."""
+    """Shapes only: bert-base-uncased has 109,482,240 parameters with its pooler of 590,592; ViT-B/16 has 85,798,656 without a pooler."""
     from proglora_jax.checkpoints.encoder_import import _disk_shapes
     from proglora_jax.models.presets import BertConfig, VitConfig
 
