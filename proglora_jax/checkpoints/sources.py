@@ -100,7 +100,7 @@ def find_source(folder: Path, vision_folder: Path | None = None, projector_file:
     """
     folder = _existing(folder)
     fields = read_fields(folder)
-    original = not ("vision_config" in fields or "text_config" in fields)
+    original = is_original(fields)
     vision = _existing(vision_folder) if vision_folder else _named_vision(folder, fields) if original else None
     config = _config(folder, fields, vision)
     file = _projector(folder, fields, projector_file, original)
@@ -150,6 +150,11 @@ def read_fields(folder: Path, name: str = CONFIG) -> dict[str, Any]:
     return fields
 
 
+def is_original(fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of the layout of original LLaVA: a language model's own, which has no row for <image>."""
+    return not ("vision_config" in fields or "text_config" in fields)
+
+
 def padded_rows(image_token_id: int) -> int:
     """Rows of a vocabulary that ends before <image>, once <image> and <pad> are added: 32000 -> 32064, as transformers pads it."""
     return -(-(image_token_id + 2) // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -171,12 +176,13 @@ def disk_names(config: LlavaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _config(folder: pathlib.Path, fields: Mapping[str, Any], vision: pathlib.Path | None) -> LlavaConfig:
     try:
-        if "vision_config" in fields or "text_config" in fields:
+        if not is_original(fields):
             return LlavaConfig.from_hf(fields)
         if vision is None:
             tower = f" ({fields['mm_vision_tower']})" if fields.get("mm_vision_tower") else ""
             raise UserError(
-                f"{folder}: {CONFIG} describes a language model without a vision tower; give the folder of a CLIP{tower} as vision_folder"
+                f"{folder}: {CONFIG} describes a language model without a vision tower; give the folder of a CLIP{tower} as vision_folder "
+                "(config.model.vision_path of a run, --vision of the tools)"
             )
         _refuse(fields, "mm_projector_type", "mlp2x_gelu")
         _refuse(fields, "mm_use_im_start_end", False)

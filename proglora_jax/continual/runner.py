@@ -28,6 +28,7 @@ from proglora_jax.data.rows import EncodedRows
 from proglora_jax.methods.base import Phase, TaskInfo, check_contract
 from proglora_jax.training import shapes
 from proglora_jax.training.loop import PhasePlan, PhaseState, Stopped, start_phase, train_phase
+from proglora_jax.training.projector import projector_for_task
 
 
 def run(session: Session) -> None:
@@ -79,7 +80,9 @@ def _train_stage(
 
     # ---- the method's state for this task, and what trains
     probe = _probe(session, own) if own else None
-    state = method.start_task(state, info, probe)
+    projector = projector_for_task(
+        session.settings.train.projector_init_per_task, state.params["mm_projector"], initial.params["mm_projector"], stage.index, seed)
+    state = method.start_task(dataclasses.replace(state, params=state.params | {"mm_projector": projector}), info, probe)
     mask = check_contract(method, before.state if before else None, state, info)
     counts = _announce(session, stage, stages, state, mask, alike)
 

@@ -151,7 +151,7 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
     folder = model_folder(model.path)
     source = find_source(folder, model.vision_path or None, model.projector_path or None)
     config, images = source.config, ImageSpec.from_folder(str(source.image_folder))
-    tokenizer = load_tokenizer(folder, config.text_config.vocab_size, add_image_token=source.original)
+    tokenizer = load_tokenizer(folder, config.text_config.vocab_size, data.tokenizer_legacy, add_image_token=source.original)
     _check_folder(folder, config, tokenizer, images)
     check_preset(folder, config, model.preset)
     if settings.method.uses_similarity and settings.similarity.encoders == "vit_bert":

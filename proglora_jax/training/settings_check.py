@@ -13,6 +13,7 @@ from proglora_jax.data.tasks import TASKS
 from proglora_jax.data.templates import INSTRUCTION_SETS, TEMPLATES
 from proglora_jax.evaluation.published import ROWS
 from proglora_jax.models.presets import PRESETS
+from proglora_jax.training.projector import PROJECTOR_INITS
 
 SCHEDULES = ("cosine", "constant", "constant_log_warmup")
 
@@ -50,6 +51,9 @@ def check_settings(settings: Any) -> None:
             "max_length": 1, "max_labels": 0, "train_examples": 0, "embedded_train_size": 1, "embedded_test_size": 1, "embedded_seed": 0,
             "threads": 0, "image_cache_mb": 0}.items()),
         _one_of("train.schedule", train.schedule, SCHEDULES),
+        _one_of("train.projector_init_per_task", train.projector_init_per_task, PROJECTOR_INITS),
+        (settings.method.train_mm_projector or train.projector_init_per_task != "random", "train.projector_init_per_task", "'random'",
+         "needs config.method.train_mm_projector=True: a random projector that does not train sees nothing"),
         _one_of("train.loss_norm", train.loss_norm, ("global_token_mean", "micro_batch_mean")),
         *(_at_least(f"train.{name}", getattr(train, name), least) for name, least in {
             "batch_size": 1, "micro_batches": 1, "epochs": 1, "max_steps": 0, "loss_group_size": 1, "loss_groups": 0,

@@ -15,7 +15,8 @@ from proglora_jax.data.errors import UserError
 from proglora_jax.data.images import ImageLoader, ImageSpec
 from proglora_jax.data.word_pieces import load_word_pieces
 
-TEXTS = ["What is the object in the image?\nAnswer the question using a single word or phrase.", "[0.41, 0.28]", "Crème-brûlée", "a", "", "日本"]
+LONG = "What is the object in the image?\nAnswer the question using a single word or phrase."
+TEXTS = [LONG, "[0.41, 0.28]", "Crème-brûlée", "a", "", "日本"]
 
 
 @pytest.fixture(scope="module")
