@@ -232,5 +232,9 @@ def _evaluate_stage(session: Session, stage: Stage, done: Finished) -> None:
         result, known = evaluate_task(session, state, done.digest, task, stage.local(task), folder)
         shown = ", ".join(f"{mode} {value:.2f}" for mode, value in result["accuracy"].items())
         session.logger.message(f"after stage {stage.number + 1} {stage.name}: {session.tasks[task]} {shown}")
+        lost = {mode: value for mode, value in result["ceiling"].items() if value < 100.0}
+        if lost and not known:
+            listed = ", ".join(f"{mode} {value:.2f}" for mode, value in lost.items())
+            session.logger.message(f"{session.tasks[task]}: no answers could score more than {listed}, as the references do")
         if not known:
             session.logger.event("scores", stage=stage.number, phase="evaluate", task=session.tasks[task], **result["accuracy"])
