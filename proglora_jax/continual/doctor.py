@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from proglora_jax.checkpoints.encoder_import import check_encoders
 from proglora_jax.checkpoints.sources import find_source, read_config
 from proglora_jax.continual.doctor_memory import MemoryPlan
 from proglora_jax.continual.doctor_plan import PlannedStage, planned_stages
@@ -80,7 +81,7 @@ def diagnose(config: Mapping[str, Mapping[str, Any]], machine: Machine | None = 
     settings = from_config(values)
     sizes, source = model_sizes(settings.model)
     found, problem = weights_found(settings.model)
-    notes += [problem] if problem else []
+    notes += [note for note in (problem, _encoders_problem(settings)) if note]
     count = machine.devices or jax.device_count()
     try:
         mesh = meshes.abstract_mesh(dataclasses.asdict(settings.mesh), count)
@@ -133,6 +134,17 @@ def weights_found(model: ModelSettings) -> tuple[str, str]:
         return find_source(model_folder(model.path), model.vision_path or None, model.projector_path or None).describe(), ""
     except UserError as error:
         return "", str(error)
+
+
+def _encoders_problem(settings: Settings) -> str:
+    """What is wrong with the folders of the similarity encoders, where a run would read them."""
+    if not settings.method.uses_similarity or settings.similarity.encoders != "vit_bert":
+        return ""
+    try:
+        check_encoders(settings.similarity.vit_path, settings.similarity.bert_path)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _memory_limit() -> int:

@@ -216,7 +216,7 @@ def _announce(session: Session, stage: Stage, stages: tuple[Stage, ...], state: 
     session.logger.message(f"\nstage {stage.number + 1} of {len(stages)}: {stage.name} with {session.method.name}\n{table}")
     if np.isfinite(alike).any():
         listed = ", ".join(f"{session.tasks[i]} {value:.3f}" for i, value in enumerate(alike))
-        session.logger.message(f"similarity to the tasks before: {listed}")
+        session.logger.message(f"similarity to the tasks before, by {session.settings.similarity.encoders}: {listed}")
     return shapes.trainable_counts(state.params, mask)
 
 

@@ -68,6 +68,9 @@ def check_settings(settings: Any) -> None:
         *(_at_least(f"evaluate.{name}", getattr(evaluate, name), least) for name, least in {
             "batch_size": 1, "max_new_tokens": 0, "subset_size": 0, "subset_seed": 0}.items()),
         _one_of("similarity.encoders", settings.similarity.encoders, ("backbone", "vit_bert")),
+        *((not path or settings.similarity.encoders == "vit_bert", f"similarity.{name}", repr(path),
+           "the backbone's own encoders need no folder; set config.similarity.encoders=vit_bert to use this one")
+          for name, path in {"vit_path": settings.similarity.vit_path, "bert_path": settings.similarity.bert_path}.items()),
         _one_of("similarity.pool", settings.similarity.pool, ("cls", "mean")),
         _one_of("similarity.text_pool", settings.similarity.text_pool, ("cls", "mean")),
         (settings.similarity.text_pool == "mean" or settings.similarity.encoders == "vit_bert", "similarity.text_pool", "'cls'",

@@ -158,13 +158,14 @@ def test_a_resume_in_mid_stage_embeds_nothing_again(here, folders, monkeypatch):
 
 def test_methods_that_do_not_ask_for_similarity_embed_nothing(here, monkeypatch):  # noqa: F811
     monkeypatch.setattr(runner, "open_encoders", refuse)
-    fields = {"similarity__encoders": "vit_bert", "method__recall_count": "fixed"}  # and the folders are not missed
-    workdir = here.run("none", "proglora_dynamic", **fields, **SHORT)
+    fields = {"method__weights": "ones", "method__recall_count": "fixed"}
+    fields |= {"similarity__encoders": "vit_bert"}  # and the folders are not missed
+    workdir = here.run("none", "proglora_static", **fields, **SHORT)
     assert not (workdir / "similarity").exists()
     found = [load_checkpoint(folder / "adapter") for folder in tiny_run.stage_folders(workdir)]
     assert all(records["meta"]["similarity"] == [] and records["meta"]["encoders"] == "" for _, records in found)
     monkeypatch.setattr(runner, "train_phase", refuse)  # both stages are read back, none is trained again
-    here.run("none", "proglora_dynamic", **fields, **SHORT)
+    here.run("none", "proglora_static", **fields, **SHORT)
 
 
 def test_which_methods_ask_for_similarity():
@@ -180,7 +181,9 @@ def test_which_methods_ask_for_similarity():
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"similarity__vit_path": ""}, "config.similarity.vit_path='': not set; give the Hugging Face folder of a ViT"),
     ({"similarity__bert_path": "/nowhere"}, "config.similarity.bert_path=/nowhere: no such folder"),
-    ({"similarity__encoders": "backbone", "similarity__text_pool": "cls"}, "config.similarity.text_pool='cls': the backbone's word embedd"),
+    ({"similarity__encoders": "backbone"}, "config.similarity.vit_path='.*vit': the backbone's own encoders need no folder; set config"),
+    ({"similarity__encoders": "backbone", "similarity__vit_path": "", "similarity__bert_path": "", "similarity__text_pool": "cls"},
+     "config.similarity.text_pool='cls': the backbone's word embedd"),
 ])
 def test_wrong_encoders_are_named_before_anything_is_loaded(here, folders, changes, sentence):  # noqa: F811
     with pytest.raises(UserError, match=sentence):
