@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from proglora_jax.adapters.gates import mean_feature
-from proglora_jax.checkpoints.encoder_import import find_bert, find_vit
+from proglora_jax.checkpoints.encoder_import import EncoderSource, find_bert, find_vit
 from proglora_jax.continual.session import Session
 from proglora_jax.continual.stage_data import chosen_batches
 from proglora_jax.core import mesh as meshes
@@ -19,6 +21,7 @@ from proglora_jax.data.batch import ANSWER, INSTRUCTION
 from proglora_jax.data.images import ImageLoader, ImageSpec
 from proglora_jax.data.rows import EncodedRows
 from proglora_jax.data.word_pieces import load_word_pieces
+from proglora_jax.models.encoders import BertEncoder, VitEncoder
 from proglora_jax.models.layers import Settings as ModelOptions
 
 PARTS = ("image", "instruction", "answer")
@@ -105,56 +108,59 @@ def _vit_bert(session: Session) -> Encoders:
     return Encoders(f"{vit.fingerprint()} {bert.fingerprint()}", embed)
 
 
-def _mean_image(session: Session, source, spec: ImageSpec, paths: Sequence[str]) -> np.ndarray:
+def _mean_image(session: Session, source: EncoderSource, spec: ImageSpec, paths: Sequence[str]) -> np.ndarray:
     """Mean feature f32[D] of images, each as often as it is listed."""
     settings = session.settings
     loader = ImageLoader(spec, "squash", settings.data.on_bad_image)
     model, mean = meshes.put_replicated(source.load(), session.mesh), _Mean()
-
-    @jax.jit
-    def features(model, batch):
-        states = model(batch["image"], ModelOptions())
-        pooled = states[:, 0] if settings.similarity.pool == "cls" else states[:, 1:].mean(axis=1)
-        return meshes.replicate(pooled, session.mesh)
-
     with concurrent.futures.ThreadPoolExecutor(max(1, settings.data.threads)) as threads:
-        for count, share in _batches(len(paths), settings.evaluate.batch_size):
+        for positions, share in _batches(len(paths), settings.evaluate.batch_size):
             batch = {"image": np.stack(list(threads.map(loader, [paths[i] for i in share])))}
-            mean.add(np.asarray(features(model, meshes.put_batch(batch, session.mesh)))[:count])
+            found = _image_features(model, meshes.put_batch(batch, session.mesh), settings.similarity.pool, session.mesh)
+            mean.add(np.asarray(found)[: len(positions)])
     return mean.value()
 
 
-def _mean_text(session: Session, model: Any, texts: Sequence[Sequence[int]]) -> np.ndarray:
+def _mean_text(session: Session, model: BertEncoder, texts: Sequence[Sequence[int]]) -> np.ndarray:
     """Mean feature f32[D] of texts, given as token ids, each as often as it is listed."""
     longest = model.config.max_position_embeddings
     texts, mean = sorted(texts, key=len), _Mean()
-
-    @jax.jit
-    def features(model, batch):
-        states = model(batch["tokens"], batch["lengths"], ModelOptions())
-        real = np.arange(states.shape[1]) < batch["lengths"][:, None]
-        pooled = states[:, 0] if session.settings.similarity.text_pool == "cls" else mean_feature(states, real)
-        return meshes.replicate(pooled, session.mesh)
-
-    for count, share in _batches(len(texts), session.settings.evaluate.batch_size):
+    for positions, share in _batches(len(texts), session.settings.evaluate.batch_size):
         members = [texts[i] for i in share]
-        needed = max(map(len, members))
+        needed = len(texts[positions[-1]])  # the longest of the batch, whichever process has it: all must have one shape
         width = next((length for length in _LENGTHS if needed <= length < longest), longest)
         tokens = np.zeros((len(members), width), np.int32)
         for row, ids in zip(tokens, members):
             row[: len(ids)] = ids
         batch = {"tokens": tokens, "lengths": np.asarray([len(ids) for ids in members], np.int32)}
-        mean.add(np.asarray(features(model, meshes.put_batch(batch, session.mesh)))[:count])
+        found = _text_features(model, meshes.put_batch(batch, session.mesh), session.settings.similarity.text_pool, session.mesh)
+        mean.add(np.asarray(found)[: len(positions)])
     return mean.value()
 
 
-def _batches(total: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(how many of a batch's first rows count, this process's share of its positions); the last batch is filled up."""
+# Compiled once for all tasks, since they are functions of the file.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _image_features(model: VitEncoder, batch: Mapping[str, jax.Array], pool: str, mesh: Mesh) -> jax.Array:
+    """f32[B, D] of images."""
+    states = model(batch["image"], ModelOptions())
+    return meshes.replicate(states[:, 0] if pool == "cls" else states[:, 1:].mean(axis=1), mesh)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _text_features(model: BertEncoder, batch: Mapping[str, jax.Array], pool: str, mesh: Mesh) -> jax.Array:
+    """f32[B, D] of right-padded texts."""
+    states = model(batch["tokens"], batch["lengths"], ModelOptions())
+    real = jnp.arange(states.shape[1]) < batch["lengths"][:, None]
+    return meshes.replicate(states[:, 0] if pool == "cls" else mean_feature(states, real), mesh)
+
+
+def _batches(total: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(positions that a batch's first rows answer, this process's share of the batch); the last batch is filled up."""
     part = size // jax.process_count()
     for start in range(0, total, size):
         positions = np.arange(start, min(total, start + size))
         mine = slice(jax.process_index() * part, (jax.process_index() + 1) * part)
-        yield len(positions), np.resize(positions, size)[mine]
+        yield positions, np.resize(positions, size)[mine]
 
 
 class _Mean:
