@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import signal
 
+import jax
 import numpy as np
 import pytest
 import tiny_encoders
 import tiny_run
 import torch
 import transformers
+from jax.sharding import Mesh
 from PIL import Image
 from tiny_run import here  # noqa: F401
 
@@ -93,6 +95,15 @@ def test_vit_and_bert_embed_a_task_as_transformers_does(session, pool, text_pool
         ours, theirs = embed(rows, numbers), expected_embedding(session, rows, numbers)
         for part, value in theirs.items():
             np.testing.assert_allclose(ours[part], value, rtol=1e-4, atol=1e-4, err_msg=f"{stage.name} {part}")
+
+
+def test_a_batch_split_over_eight_devices_gives_the_same_means(session):
+    rows, numbers = own_rows(session, plan_stages(session.tasks, session.method, "sequential")[1]), np.arange(3)
+    mesh = Mesh(np.asarray(jax.devices()).reshape(8, 1, 1), session.mesh.axis_names)
+    settings = dataclasses.replace(session.settings, evaluate=dataclasses.replace(session.settings.evaluate, batch_size=8))
+    found = open_encoders(dataclasses.replace(session, mesh=mesh, settings=settings)).embed(rows, numbers)
+    for part, value in open_encoders(session).embed(rows, numbers).items():
+        np.testing.assert_allclose(found[part], value, rtol=1e-5, atol=1e-5, err_msg=part)
 
 
 def test_records_without_any_image_give_a_zero_image_part(session):
