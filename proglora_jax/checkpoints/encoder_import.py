@@ -91,10 +91,24 @@ def find_vit(folder: Path, field: str = "config.similarity.vit_path") -> Encoder
     return _find(folder, field, "ViT", "vit", VitConfig.from_hf, _VIT_NAMES)
 
 
+def vit_images(source: EncoderSource) -> ImageSpec:
+    """How a ViT's folder wants images to be prepared.
+
+    Raises:
+        UserError: "<folder>: the image processor makes 384 pixels, but config.json says image_size=224; ...", or what
+            `ImageSpec.from_folder` says.
+    """
+    spec = ImageSpec.from_folder(str(source.folder), vit=True)
+    if spec.size != source.config.image_size:
+        raise UserError(f"{source.folder}: the image processor makes {spec.size} pixels, but {CONFIG} says image_size="
+                        f"{source.config.image_size}; use the processor that belongs to the model")
+    return spec
+
+
 def check_encoders(vit_path: Path, bert_path: Path) -> None:
     """Looks whether both encoders are there and whole, their tokenizer and image settings too; errors as those of what reads them."""
     vit, bert = find_vit(vit_path), find_bert(bert_path)
-    ImageSpec.from_folder(str(vit.folder), vit=True)
+    vit_images(vit)
     load_word_pieces(str(bert.folder), bert.config.vocab_size, bert.config.max_position_embeddings)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from proglora_jax.adapters.gates import mean_feature
-from proglora_jax.checkpoints.encoder_import import EncoderSource, find_bert, find_vit
+from proglora_jax.checkpoints.encoder_import import EncoderSource, find_bert, find_vit, vit_images
 from proglora_jax.continual.session import Session
 from proglora_jax.continual.stage_data import chosen_batches
 from proglora_jax.core import mesh as meshes
@@ -91,7 +91,7 @@ def _vit_bert(session: Session) -> Encoders:
     """A ViT's class token (or mean over patches) and the mean over a BERT's last states (or its [CLS])."""
     settings = session.settings.similarity
     vit, bert = find_vit(settings.vit_path), find_bert(settings.bert_path)
-    spec = ImageSpec.from_folder(str(vit.folder), vit=True)
+    spec = vit_images(vit)
     pieces = load_word_pieces(str(bert.folder), bert.config.vocab_size, bert.config.max_position_embeddings)
 
     def embed(rows: EncodedRows, numbers: np.ndarray) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ import tiny_encoders
 import torch
 from quick import quick_compiles  # noqa: F401
 
-from proglora_jax.checkpoints.encoder_import import find_bert, find_vit
+from proglora_jax.checkpoints.encoder_import import check_encoders, find_bert, find_vit
 from proglora_jax.data.errors import UserError
 from proglora_jax.models.layers import Settings
 
@@ -157,6 +157,11 @@ def test_what_is_no_such_encoder_is_one_sentence(tmp_path):
     tiny_encoders.save_renamed(tmp_path / "vit", lambda name: None if "layernorm_after" in name else name, torch_file=False)
     with pytest.raises(UserError, match=r"vit: 6 problem\(s\): no tensor encoder.layer.0.layernorm_after.bias"):
         find_vit(tmp_path / "vit")
+    tiny_encoders.vit(tmp_path / "other")
+    settings = tmp_path / "other" / "preprocessor_config.json"
+    settings.write_text(settings.read_text().replace('"height": 16, "width": 16', '"height": 24, "width": 24'))
+    with pytest.raises(UserError, match="other: the image processor makes 24 pixels, but config.json says image_size=16; use"):
+        check_encoders(tmp_path / "other", tmp_path / "bert")
     config = (tmp_path / "bert" / "config.json").read_text()
     (tmp_path / "bert" / "config.json").write_text(config.replace('"hidden_size": 24', '"hidden_size": 28'))
     with pytest.raises(UserError, match=r"has shape \[.*24.*\], but config.json asks for \[.*28.*\]"):
