@@ -9,6 +9,10 @@
 The published runs start from Vicuna with the projector of LLaVA's first stage, not from the instruction-tuned LLaVA-1.5: only from
 there is the zero-shot row what it is. backbone=any takes whatever LLaVA lies in the folder.
 
+How alike tasks are is measured by the backbone's own vision tower and word embeddings, which need no further files. The papers took a ViT
+and a BERT: --config.similarity.encoders=vit_bert --config.similarity.vit_path=/models/vit-base-patch16-224
+--config.similarity.bert_path=/models/bert-base-uncased.
+
 batches=paper_era are the rows per step of the scripts behind the published baselines (7 GPUs without accumulation), batches=coin_scripts
 those of CoIN's repository today (8 GPUs, 8 parts), batches=mcitlib64 64 rows for every task. A step's rows are computed in as many parts as
 there were in the original, which suits one GPU; with n of them set --config.train.micro_batches to an n-th, and ask tools doctor.

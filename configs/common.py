@@ -29,14 +29,16 @@ SECTIONS = {
         "attention": "xla", "remat": "qkvo_mlp", "unroll": 1,
     },
     "data": {
-        "benchmark": "coin", "root": "", "tasks": "coin", "instruction_set": "Original", "template": "vicuna_v1", "max_length": 2048,
+        "benchmark": "coin", "root": "", "tasks": "coin", "instruction_set": "Original", "template": "vicuna_v1",
+        "tokenizer_legacy": True, "max_length": 2048,
         "max_labels": 0, "buckets": ((704, 128), (1024, 512), (1536, 1024), (2048, 2048)), "train_examples": 0,
         "embedded_train_size": 1600, "embedded_test_size": 200, "embedded_seed": 0, "grouping": "modality_length", "remainder": "drop",
         "on_bad_image": "raise", "on_unsupervised": "drop", "empty_answer": "drop", "threads": 2, "image_cache_mb": 0,
     },
     "train": {
         "batch_size": 64, "batch_sizes": {}, "micro_batches": 1, "epochs": 1, "max_steps": 0, "learning_rate": 2e-4,
-        "projector_learning_rate": 2e-5, "schedule": "cosine", "warmup_fraction": 0.03, "weight_decay": 0.0, "beta1": 0.9,
+        "projector_learning_rate": 2e-5, "projector_init_per_task": "previous",
+        "schedule": "cosine", "warmup_fraction": 0.03, "weight_decay": 0.0, "beta1": 0.9,
         "beta2": 0.999, "epsilon": 1e-8,
         "grad_clip": 0.0, "loss_norm": "micro_batch_mean", "loss_group_size": 8, "loss_groups": 0,
     },
@@ -44,7 +46,10 @@ SECTIONS = {
         "batch_size": 32, "max_new_tokens": 0, "prompt_lengths": (704, 1024, 2048), "image_mode": "coin", "subset_size": 0,
         "subset_seed": 0, "imagenet_empty_ok": True, "grounding_truncate": True,
     },
-    "similarity": {"encoders": "backbone", "pool": "cls", "max_samples": 10000, "clamp": True},
+    # "vit_bert" is the paper's choice and needs two folders more; "backbone" makes do with what is loaded anyway.
+    "similarity": {
+        "encoders": "backbone", "vit_path": "", "bert_path": "", "pool": "cls", "text_pool": "mean", "max_samples": 10000, "clamp": True,
+    },
     "mesh": {"data": -1, "fsdp": 1, "model": 1},
     "run": {
         "seed": 0, "protocol": "sequential", "isolated_results": "", "published_row": "", "checkpoint_every_steps": 500,
@@ -86,11 +91,17 @@ def base(method):
 
 
 def apply_recipe(config, recipe):
-    """"proglora" (cosine, projector at a tenth, no clipping) or "coin_effective" (log warm-up, one rate, clip 1)."""
+    """"proglora" (cosine, projector at a tenth, no clipping) or "coin_effective".
+
+    CoIN's scripts effectively had a logarithmic warm-up to one constant rate for everything, gradients clipped to 1, and from the second
+    task on a projector that was random again, because the saved one was not loaded.
+    """
     if recipe == "proglora":
-        values = {"schedule": "cosine", "learning_rate": 2e-4, "projector_learning_rate": 2e-5, "grad_clip": 0.0}
+        values = {"schedule": "cosine", "learning_rate": 2e-4, "projector_learning_rate": 2e-5, "grad_clip": 0.0,
+                  "projector_init_per_task": "previous"}
     elif recipe == "coin_effective":
-        values = {"schedule": "constant_log_warmup", "learning_rate": 2e-4, "projector_learning_rate": 2e-4, "grad_clip": 1.0}
+        values = {"schedule": "constant_log_warmup", "learning_rate": 2e-4, "projector_learning_rate": 2e-4, "grad_clip": 1.0,
+                  "projector_init_per_task": "random"}
     else:
         raise ValueError(f"recipe={recipe}: choose proglora or coin_effective")
     config.train.update(values)

@@ -7,7 +7,11 @@
 
 The rows are those of proglora_jax/evaluation/published.py, which has the printed numbers; `tools report WORKDIR --against published`
 sets a run beside its row. A row that the code cannot run yet says what is missing. What cannot be repeated at all: the rows of lora,
-moelora, zero_shot and multi_task were scored on random subsets that are not published, and the two LoRAs lost the projector between tasks.
+moelora, zero_shot and multi_task were scored on random subsets that are not published. The two LoRAs lost the projector between tasks;
+that is repeated (recipe coin_effective: config.train.projector_init_per_task='random').
+
+The authors measured similarity with a ViT and a BERT: --config.similarity.encoders=vit_bert with vit_path and bert_path. Without these
+folders the rows of proglora use what the backbone has.
 """
 
 import os

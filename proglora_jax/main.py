@@ -40,7 +40,8 @@ _FREE = {
     "run.log_every_steps", "run.checkpoint_every_steps", "run.tensorboard", "run.compilation_cache", "run.isolated_results",
     "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_image", "data.buckets",
     "evaluate.batch_size", "evaluate.prompt_lengths", "mesh.data", "mesh.fsdp", "mesh.model",
-    "model.vision_path", "model.projector_path",  # the hash of the backbone's files in every stage says whether they are the same
+    # The hashes of the files in every stage say whether they are the same.
+    "model.vision_path", "model.projector_path", "similarity.vit_path", "similarity.bert_path",
 }
 # What a full, read-only or broken disk says, and files where folders should be; anything else is not for the user to mend.
 _DISK = {

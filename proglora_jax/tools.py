@@ -79,8 +79,9 @@ def _add_check_data(verbs) -> None:
     parser.add_argument("--tasks", default="coin", help="a named order, or task names with commas between")
     parser.add_argument("--instruction-set", default="Original", help="Original, Diverse, 10Type, several with commas between, or all")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", help="Hugging Face LLaVA folder, or 'embedded': checks lengths with its tokenizer and image size")
+    source.add_argument("--model", help="LLaVA or Vicuna folder, or 'embedded': checks lengths with its tokenizer and image size")
     source.add_argument("--tokenizer", help="folder of a tokenizer: checks lengths with it")
+    parser.add_argument("--vision", help="folder of the CLIP, for a --model without a vision tower (Vicuna)")
     parser.add_argument("--image-tokens", type=int, default=576, help="positions of an image, with --tokenizer (LLaVA-1.5: 576)")
     parser.add_argument("--template", default="vicuna_v1", help="conversation template")
     parser.add_argument("--max-length", type=int, default=2048, help="positions of a record, image included")
@@ -120,16 +121,21 @@ def _encoder(arguments):
     from proglora_jax.data.templates import get_template
     from proglora_jax.data.tokens import Encoder, load_tokenizer
 
-    folder, patches, vocab_size = arguments.tokenizer, arguments.image_tokens, 0
+    # The tokenizer of a language model alone has no <image>; a run adds it, too.
+    folder, patches, vocab_size, bare = arguments.tokenizer, arguments.image_tokens, 0, True
+    if arguments.vision and not arguments.model:
+        raise UserError("--vision: goes with --model; with --tokenizer, give --image-tokens")
     if arguments.model:
-        from proglora_jax.checkpoints.sources import read_config
+        from proglora_jax.checkpoints.sources import is_original, read_config, read_fields
         from proglora_jax.continual.session import model_folder
 
         folder = model_folder(arguments.model)
-        config = read_config(folder)
+        config, bare = read_config(folder, arguments.vision), is_original(read_fields(folder))
         patches, vocab_size = config.image_tokens, config.text_config.vocab_size
-    template = get_template(arguments.template)
-    return Encoder(load_tokenizer(folder, vocab_size), template, patches, arguments.max_length) if folder else None
+    if not folder:
+        return None
+    tokenizer = load_tokenizer(folder, vocab_size, add_image_token=bare)
+    return Encoder(tokenizer, get_template(arguments.template), patches, arguments.max_length)
 
 
 def _add_doctor(verbs) -> None:

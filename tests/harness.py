@@ -88,8 +88,8 @@ class Harness:
         return self.method.init(self.llava.targets(), meshes.to_host(self.llava.projector_params()), self.total, self.seed)
 
     def info(self, index: int) -> TaskInfo:
-        """The task as the method sees it; the similarity to the one before is 0.75, to the one before that 0.5."""
-        similarity = np.float32([0.5, 0.75])[2 - index :]
+        """The task as the method sees it; the similarity to the one before is 0.75, to the one before that 0.5; NaN if it must not look."""
+        similarity = np.float32([0.5, 0.75])[2 - index :] * (1 if self.method.uses_similarity else np.nan)
         return TaskInfo(index, f"task{index}", self.total, self.count, similarity, self.seed)
 
     @functools.cache  # noqa: B019

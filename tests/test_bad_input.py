@@ -147,6 +147,7 @@ WRONG = {
     "train.beta1": 1.0, "train.beta2": -0.1, "train.epsilon": -1.0, "train.grad_clip": -1.0, "train.loss_norm": "mean",
     "train.loss_group_size": 0, "evaluate.batch_size": 0, "evaluate.max_new_tokens": -1, "evaluate.prompt_lengths": ("64",),
     "evaluate.image_mode": "crop", "evaluate.subset_size": -1, "evaluate.subset_seed": -1, "similarity.encoders": "bert",
+    "similarity.text_pool": "max",
     "similarity.pool": "max", "similarity.max_samples": 0, "run.seed": -1, "run.protocol": "parallel", "run.checkpoint_every_steps": 0,
     "run.log_every_steps": 0, "model.preset": "llava16_7b", "train.loss_groups": -1, "run.published_row": "proglora",
     "method.rank": 0, "method.alpha": 0.0, "method.dropout": 1.0, "method.a_init": "zeros",

@@ -75,6 +75,7 @@ def test_arguments_reach_their_fields():
     assert (settings.method.name, settings.model.preset, settings.run.seed) == ("lora", "llava15_13b", 4)
     assert (settings.data.tasks, settings.data.instruction_set) == ("alphabet", "10Type")
     assert (settings.train.schedule, settings.train.grad_clip, settings.train.projector_learning_rate) == ("constant_log_warmup", 1.0, 2e-4)
+    assert settings.train.projector_init_per_task == "random", "CoIN's scripts did not load the saved one"
     assert set(COIN.BACKBONES) - {"any"} == set(PRESETS) and settings_of(COIN, "backbone=any").model.preset == ""
 
 
@@ -129,6 +130,7 @@ def test_a_row_differs_from_the_main_config_only_in_what_the_paper_changed(name)
     data = {"instruction_set": arguments.get("templates", "Original"), "tasks": arguments.get("order", "coin")}
     assert settings.data == dataclasses.replace(plain.data, **data)
     assert settings.train.grad_clip == (1.0 if name in ("lora", "multi_task") else 0.0)
+    assert settings.train.projector_init_per_task == ("random" if name in ("lora", "multi_task") else "previous")
     assert settings.method.scale == 2.0, "alpha is twice the rank everywhere"
     assert changes or data != {"instruction_set": "Original", "tasks": "coin"} or not published.ROWS[name].variant
 

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from proglora_jax.checkpoints.names import canonical, llava_rows
@@ -73,11 +73,15 @@ class Source:
     def fingerprint(self) -> str:
         """SHA-256 over config.json and the weight files, names and contents, as hex digits: the name of a base model."""
         files = [path for folder in (self.folder, self.vision_folder) if folder for path in _weight_files(folder)]
-        files += [path for path in self.files if path not in files]
-        # hashlib lets go of the interpreter's lock, so shards are read side by side.
-        with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
-            digests = list(pool.map(_digest, files))
-        return hashlib.sha256("".join(f"{path.name} {digest}\n" for path, digest in zip(files, digests)).encode()).hexdigest()
+        return files_digest(files + [path for path in self.files if path not in files])
+
+
+def files_digest(files: Sequence[pathlib.Path]) -> str:
+    """SHA-256 over names and contents of files, as hex digits."""
+    # hashlib lets go of the interpreter's lock, so files are read side by side.
+    with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
+        digests = list(pool.map(_digest, files))
+    return hashlib.sha256("".join(f"{path.name} {digest}\n" for path, digest in zip(files, digests)).encode()).hexdigest()
 
 
 def find_source(folder: Path, vision_folder: Path | None = None, projector_file: Path | None = None) -> Source:
@@ -96,13 +100,13 @@ def find_source(folder: Path, vision_folder: Path | None = None, projector_file:
     """
     folder = _existing(folder)
     fields = read_fields(folder)
-    original = not ("vision_config" in fields or "text_config" in fields)
+    original = is_original(fields)
     vision = _existing(vision_folder) if vision_folder else _named_vision(folder, fields) if original else None
     config = _config(folder, fields, vision)
     file = _projector(folder, fields, projector_file, original)
-    tensors, files = _index_folder(folder)
+    tensors, files = index_folder(folder)
     if vision is not None:
-        towers, more = _index_folder(vision)
+        towers, more = index_folder(vision)
         tensors |= {name: tensor for name, tensor in towers.items() if name.startswith("vision_tower.")}
         files += more
     if file is not None:
@@ -146,6 +150,11 @@ def read_fields(folder: Path, name: str = CONFIG) -> dict[str, Any]:
     return fields
 
 
+def is_original(fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of the layout of original LLaVA: a language model's own, which has no row for <image>."""
+    return not ("vision_config" in fields or "text_config" in fields)
+
+
 def padded_rows(image_token_id: int) -> int:
     """Rows of a vocabulary that ends before <image>, once <image> and <pad> are added: 32000 -> 32064, as transformers pads it."""
     return -(-(image_token_id + 2) // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -167,12 +176,13 @@ def disk_names(config: LlavaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _config(folder: pathlib.Path, fields: Mapping[str, Any], vision: pathlib.Path | None) -> LlavaConfig:
     try:
-        if "vision_config" in fields or "text_config" in fields:
+        if not is_original(fields):
             return LlavaConfig.from_hf(fields)
         if vision is None:
             tower = f" ({fields['mm_vision_tower']})" if fields.get("mm_vision_tower") else ""
             raise UserError(
-                f"{folder}: {CONFIG} describes a language model without a vision tower; give the folder of a CLIP{tower} as vision_folder"
+                f"{folder}: {CONFIG} describes a language model without a vision tower; give the folder of a CLIP{tower} as vision_folder "
+                "(config.model.vision_path of a run, --vision of the tools)"
             )
         _refuse(fields, "mm_projector_type", "mlp2x_gelu")
         _refuse(fields, "mm_use_im_start_end", False)
@@ -243,8 +253,22 @@ def _projector(folder: pathlib.Path, fields: Mapping[str, Any], given: Path | No
 # ---- tensors
 
 
-def _index_folder(folder: pathlib.Path) -> tuple[dict[str, StoredTensor], list[pathlib.Path]]:
-    """(name in the table -> tensor, files) of all weights of a folder; names without a use here are left out."""
+def index_folder(
+    folder: pathlib.Path, table_name: Callable[[str], str | None] = canonical
+) -> tuple[dict[str, StoredTensor], list[pathlib.Path]]:
+    """All weights of a folder.
+
+    Args:
+        folder: holds safetensors or files of torch.save, in one or in parts with an index.
+        table_name: name on disk -> name in the table of names, None for what is of no use.
+
+    Returns:
+        (name in the table -> tensor, files that were read).
+
+    Raises:
+        UserError: "<folder>: holds no model.safetensors, no pytorch_model.bin and no index of parts", "<folder>: <count> problem(s):
+            <file> is missing; ...", or what `tensors.open_file` says.
+    """
     for index, whole in ((INDEX, WEIGHTS), (TORCH_INDEX, TORCH_WEIGHTS)):
         if (folder / index).exists():
             shards = read_fields(folder, index).get("weight_map")
@@ -266,7 +290,7 @@ def _index_folder(folder: pathlib.Path) -> tuple[dict[str, StoredTensor], list[p
     raise_collected(outside or missing, str(folder), "Download these files again.")
     tensors: dict[str, StoredTensor] = {}
     for name in names:
-        known = {canonical(own): tensor for own, tensor in open_file(folder / name).items()}
+        known = {table_name(own): tensor for own, tensor in open_file(folder / name).items()}
         tensors |= {own: tensor for own, tensor in known.items() if own is not None}
     return tensors, [folder / name for name in names]
 

@@ -1,7 +1,7 @@
 """What a config would do and need, before it runs: stages, steps, hours, parameters, memory of a device, and what to change.
 
-Nothing is loaded and no data is read: sizes of the model come from config.json or a preset, sizes of CoIN's tasks from the table in
-data/tasks.py. The text is what `tools doctor` prints.
+No weights are loaded (only their files' headers are read) and no data: sizes of the model come from config.json or a preset, sizes of
+CoIN's tasks from the table in data/tasks.py. The text is what `tools doctor` prints.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from proglora_jax.checkpoints.sources import read_config
+from proglora_jax.checkpoints.encoder_import import check_encoders
+from proglora_jax.checkpoints.sources import find_source, read_config
 from proglora_jax.continual.doctor_memory import MemoryPlan
 from proglora_jax.continual.doctor_plan import PlannedStage, planned_stages
 from proglora_jax.continual.report_page import Table
@@ -79,8 +80,8 @@ def diagnose(config: Mapping[str, Mapping[str, Any]], machine: Machine | None = 
         notes.append("config.data.root is not set: name the folder that holds playground/ and cl_dataset/ before the run")
     settings = from_config(values)
     sizes, source = model_sizes(settings.model)
-    if settings.model.path == "":
-        notes.append("config.model.path is not set: give a Hugging Face LLaVA folder before the run")
+    found, problem = weights_found(settings.model)
+    notes += [note for note in (problem, _encoders_problem(settings)) if note]
     count = machine.devices or jax.device_count()
     try:
         mesh = meshes.abstract_mesh(dataclasses.asdict(settings.mesh), count)
@@ -92,7 +93,7 @@ def diagnose(config: Mapping[str, Mapping[str, Any]], machine: Machine | None = 
     limit = 1e9 * machine.memory_gb or float(_memory_limit())
     plan = MemoryPlan(settings, llava, largest, mesh, limit, [stage.batch for stage in stages if stage.train_rows])
     sections = [
-        _environment(count, mesh, source),
+        _environment(count, mesh, source, found),
         _plan(settings, stages, machine, mesh, llava),
         f"Parameters in the last stage, {largest.info.name} with {settings.method.name}\n"
         + shapes.describe_parameters(largest.state.params, largest.mask, llava.to_tree(), largest.info.index),
@@ -120,12 +121,38 @@ def model_sizes(model: ModelSettings) -> tuple[LlavaConfig, str]:
                     f"config.json, or a preset: {', '.join(PRESETS)}")
 
 
+def weights_found(model: ModelSettings) -> tuple[str, str]:
+    """(what lies in the backbone's folders, what is wrong with it), from the headers of the weight files; "" where there is nothing to say.
+
+    Vicuna, its projector and CLIP are found in three places, as a run finds them.
+    """
+    if not model.path:
+        return "", "config.model.path is not set: give a LLaVA folder (or Vicuna's, with vision_path and projector_path) before the run"
+    if model.path != "embedded" and not os.path.isdir(model.path):
+        return "", f"config.model.path={model.path}: no such folder yet"
+    try:
+        return find_source(model_folder(model.path), model.vision_path or None, model.projector_path or None).describe(), ""
+    except UserError as error:
+        return "", str(error)
+
+
+def _encoders_problem(settings: Settings) -> str:
+    """What is wrong with the folders of the similarity encoders, where a run would read them."""
+    if not settings.method.uses_similarity or settings.similarity.encoders != "vit_bert":
+        return ""
+    try:
+        check_encoders(settings.similarity.vit_path, settings.similarity.bert_path)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def _memory_limit() -> int:
     statistics = jax.local_devices()[0].memory_stats()
     return (statistics or {}).get("bytes_limit", 0)
 
 
-def _environment(count: int, mesh: Any, source: str) -> str:
+def _environment(count: int, mesh: Any, source: str, found: str) -> str:
     here = jax.devices()
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     lines = [
@@ -134,7 +161,7 @@ def _environment(count: int, mesh: Any, source: str) -> str:
         f"planned for: {count} device(s), mesh {axes}; the model's sizes are from {source}",
         "versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()),
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"backbone {found}"] if found else lines)
 
 
 def _plan(settings: Settings, stages: list[PlannedStage], machine: Machine, mesh: Any, llava: Any) -> str:

@@ -16,6 +16,7 @@ from proglora_jax.checkpoints.stage import find_newest, load_checkpoint, load_re
 from proglora_jax.continual import results, similarity
 from proglora_jax.continual.answering import evaluate_task
 from proglora_jax.continual.session import Session
+from proglora_jax.continual.similarity_encoders import open_encoders
 from proglora_jax.continual.stage_data import StageData, chosen_batches, open_iterator, own_rows, stage_data
 from proglora_jax.continual.stages import FINAL, PROGRESS, Finished, Stage, load_stage, plan_stages
 from proglora_jax.core import mesh as meshes
@@ -27,6 +28,7 @@ from proglora_jax.data.rows import EncodedRows
 from proglora_jax.methods.base import Phase, TaskInfo, check_contract
 from proglora_jax.training import shapes
 from proglora_jax.training.loop import PhasePlan, PhaseState, Stopped, start_phase, train_phase
+from proglora_jax.training.projector import projector_for_task
 
 
 def run(session: Session) -> None:
@@ -74,14 +76,14 @@ def _train_stage(
 
     # ---- the task's rows, and how alike it is to the tasks before it
     own = own_rows(session, stage) if stage.train else None
-    embedding = _embedding(session, stage, own)
-    earlier = [before.tree["embedding"][f"task_{i:02d}"] for i in range(stage.index)] if before else []
-    alike = similarity.similarities(earlier, embedding, session.settings.similarity.clamp) if earlier else np.zeros(0, np.float32)
+    embedding, alike, encoders = _similarity(session, stage, before, own)
     info = TaskInfo(stage.index, stage.name, total, len(own) if own else 0, alike, seed)
 
     # ---- the method's state for this task, and what trains
     probe = _probe(session, own) if own else None
-    state = method.start_task(state, info, probe)
+    projector = projector_for_task(
+        session.settings.train.projector_init_per_task, state.params["mm_projector"], initial.params["mm_projector"], stage.index, seed)
+    state = method.start_task(dataclasses.replace(state, params=state.params | {"mm_projector": projector}), info, probe)
     mask = check_contract(method, before.state if before else None, state, info)
     counts = _announce(session, stage, stages, state, mask, alike)
 
@@ -100,17 +102,27 @@ def _train_stage(
     tree = meshes.to_host(method.to_disk(state)) | {"embedding": {f"task_{stage.index:02d}": embedding}}
     digest = trees.digest(tree)
     meta = results.stage_meta(session, stage, digest, before.digest if before else "", counts, {
-        "train": seconds, "stage": time.monotonic() - began}, alike)
+        "train": seconds, "stage": time.monotonic() - began}, alike if embedding else np.zeros(0, np.float32)) | {"encoders": encoders}
     save_checkpoint(folder / FINAL, {"adapter": tree}, {"meta": meta})
     session.logger.event("stage_trained", digest=digest, seconds=seconds)
     merged = trees.merge(before.tree if before else {}, tree)
     return Finished(state, merged, digest, meta)
 
 
-def _embedding(session: Session, stage: Stage, own: EncodedRows | None) -> dict[str, np.ndarray]:
-    if own is None or stage.fresh or len(stage.train) != 1:
-        return {}
-    return similarity.task_embedding(session, stage.name, own, session.settings.evaluate.batch_size)
+def _similarity(
+    session: Session, stage: Stage, before: Finished | None, own: EncodedRows | None
+) -> tuple[dict[str, np.ndarray], np.ndarray, str]:
+    """(the task's embedding, f32[i] similarity to each earlier task, hash of the encoders); {}, NaN and "" where nothing asks for it."""
+    if own is None or stage.fresh or len(stage.train) != 1 or not session.method.uses_similarity:
+        return {}, np.full(stage.index, np.nan, np.float32), ""
+    encoders = open_encoders(session)
+    if before and before.meta["encoders"] != encoders.fingerprint:
+        raise UserError(
+            f"config.similarity: the tasks before {stage.name} were embedded by other encoders than config.similarity.encoders="
+            f"'{session.settings.similarity.encoders}' gives now; put their files back, or choose another workdir")
+    embedding = similarity.task_embedding(session, encoders, stage.name, own)
+    earlier = [before.tree["embedding"][f"task_{i:02d}"] for i in range(stage.index)] if before else []
+    return embedding, similarity.similarities(earlier, embedding, session.settings.similarity.clamp), encoders.fingerprint
 
 
 def _probe(session: Session, rows: EncodedRows):
@@ -212,9 +224,9 @@ def _announce(session: Session, stage: Stage, stages: tuple[Stage, ...], state: 
     base = session.llava.to_tree()
     table = shapes.describe_parameters(state.params, mask, base, stage.index)
     session.logger.message(f"\nstage {stage.number + 1} of {len(stages)}: {stage.name} with {session.method.name}\n{table}")
-    if len(alike):
+    if np.isfinite(alike).any():
         listed = ", ".join(f"{session.tasks[i]} {value:.3f}" for i, value in enumerate(alike))
-        session.logger.message(f"similarity to the tasks before: {listed}")
+        session.logger.message(f"similarity to the tasks before, by {session.settings.similarity.encoders}: {listed}")
     return shapes.trainable_counts(state.params, mask)
 
 
@@ -230,5 +242,9 @@ def _evaluate_stage(session: Session, stage: Stage, done: Finished) -> None:
         result, known = evaluate_task(session, state, done.digest, task, stage.local(task), folder)
         shown = ", ".join(f"{mode} {value:.2f}" for mode, value in result["accuracy"].items())
         session.logger.message(f"after stage {stage.number + 1} {stage.name}: {session.tasks[task]} {shown}")
+        lost = {mode: value for mode, value in result["ceiling"].items() if value < 100.0}
+        if lost and not known:
+            listed = ", ".join(f"{mode} {value:.2f}" for mode, value in lost.items())
+            session.logger.message(f"{session.tasks[task]}: no answers could score more than {listed}, as the references do")
         if not known:
             session.logger.event("scores", stage=stage.number, phase="evaluate", task=session.tasks[task], **result["accuracy"])

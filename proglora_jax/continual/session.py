@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from proglora_jax.checkpoints.encoder_import import check_encoders
 from proglora_jax.checkpoints.hf_import import load_source
 from proglora_jax.checkpoints.sources import Source, find_source
 from proglora_jax.core import mesh as meshes
@@ -150,9 +151,11 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
     folder = model_folder(model.path)
     source = find_source(folder, model.vision_path or None, model.projector_path or None)
     config, images = source.config, ImageSpec.from_folder(str(source.image_folder))
-    tokenizer = load_tokenizer(folder, config.text_config.vocab_size, add_image_token=source.original)
+    tokenizer = load_tokenizer(folder, config.text_config.vocab_size, data.tokenizer_legacy, add_image_token=source.original)
     _check_folder(folder, config, tokenizer, images)
     check_preset(folder, config, model.preset)
+    if settings.method.uses_similarity and settings.similarity.encoders == "vit_bert":
+        check_encoders(settings.similarity.vit_path, settings.similarity.bert_path)
     encoder = Encoder(tokenizer, get_template(data.template), config.image_tokens, data.max_length, data.max_labels, data.empty_answer)
     if data.benchmark == "embedded" and jax.process_index() == 0:
         write_benchmark(data.root, data.embedded_seed, data.embedded_train_size, data.embedded_test_size)

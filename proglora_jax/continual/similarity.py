@@ -1,75 +1,83 @@
-"""How alike tasks are: mean embeddings of images, instructions and answers, and the product of their cosines."""
+"""How alike tasks are: mean embeddings of images, instructions and answers, kept in the workdir, and the product of their cosines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
+from absl import logging
 
-from proglora_jax.adapters.gates import mean_feature
+from proglora_jax.checkpoints.integrity import CheckpointDamaged, atomic_write_json, read_json
 from proglora_jax.continual.session import Session
-from proglora_jax.continual.stage_data import chosen_batches
-from proglora_jax.core import mesh as meshes
+from proglora_jax.continual.similarity_encoders import PARTS, Embedding, Encoders
 from proglora_jax.core.tree import named_generator
-from proglora_jax.data.batch import ANSWER, INSTRUCTION
 from proglora_jax.data.rows import EncodedRows
 
-PARTS = ("image", "instruction", "answer")
-Embedding = Mapping[str, np.ndarray]
+FOLDER = "similarity"
 
 
-def task_embedding(session: Session, name: str, rows: EncodedRows, batch_size: int) -> dict[str, np.ndarray]:
-    """Mean embeddings of a task's training rows.
+def task_embedding(session: Session, encoders: Encoders, name: str, rows: EncodedRows) -> dict[str, np.ndarray]:
+    """Mean embeddings of a task's training rows, read back where this workdir has them from the same data and encoders.
 
     Args:
         session: the session.
+        encoders: what embeds.
         name: the task's name (it seeds the choice of rows).
         rows: the task's rows.
-        batch_size: rows at once.
 
     Returns:
         {"image": f32[Dv], "instruction": f32[D], "answer": f32[D]}; image is zero for a task without images.
 
-    Source: ProgLoRA (Findings of ACL 2025), section 3.2; there with ViT and BERT, here with the vision tower's pooled
-    features and the language model's word embeddings, which need no download.
+    Source: ProgLoRA (Findings of ACL 2025), section 3.2.
     """
-    settings = session.settings.similarity
-    count = min(len(rows), settings.max_samples)
+    path, key = session.workdir / FOLDER / f"{name}.json", _key(session, encoders, name, rows)
+    known = _read(path, key)
+    if _agreed(known is not None):
+        return known
+    count = min(len(rows), session.settings.similarity.max_samples)
     chosen = np.sort(named_generator(session.settings.run.seed, "similarity", name).permutation(len(rows))[:count])
-    embed = ENCODERS[settings.encoders](session)
-    sums = {part: 0.0 for part in PARTS}
-    images = 0
-    for positions, batch in chosen_batches(session, rows, chosen, batch_size):
-        found = embed(session.llava, meshes.put_batch(batch, session.mesh))
-        out = {part: np.asarray(value, np.float64)[: len(positions)] for part, value in found.items()}
-        sums["image"] = sums["image"] + (out["image"] * out["seen"][:, None]).sum(0)
-        images += int(out["seen"].sum())
-        for part in ("instruction", "answer"):
-            sums[part] = sums[part] + out[part].sum(0)
-    counts = {"image": max(images, 1), "instruction": count, "answer": count}
-    return {part: (sums[part] / counts[part]).astype(np.float32) for part in PARTS}
+    embedding = encoders.embed(rows, chosen)
+    if session.chief:
+        # Numbers survive the way through text: a float32 is exact in the shortest decimal of its float64.
+        lists = {part: embedding[part].astype(float).tolist() for part in PARTS}
+        atomic_write_json(path, {"key": key, "rows": count, "embedding": lists}, checksum=True)
+    return embedding
 
 
-def _backbone(session: Session) -> Callable:
-    """(llava, batch) -> features of a batch's rows by the backbone's own vision tower and word embeddings."""
-    pool = "class" if session.settings.similarity.pool == "cls" else "mean"
-
-    @jax.jit
-    def embed(llava, batch):
-        x = llava.embed_tokens(batch["tokens"])
-        parts = {
-            "image": llava.image_summary(batch["image"], pool=pool),
-            "instruction": mean_feature(x, batch["segments"] == INSTRUCTION),
-            "answer": mean_feature(x, batch["segments"] == ANSWER),
-        }
-        return {part: meshes.replicate(value, session.mesh) for part, value in parts.items()} | {
-            "seen": meshes.replicate(batch["image_mask"], session.mesh)}
-
-    return embed
+def _key(session: Session, encoders: Encoders, name: str, rows: EncodedRows) -> str:
+    """Hash of everything that decides an embedding."""
+    settings = session.settings.similarity
+    parts = [name, rows.digest(), encoders.fingerprint, settings.encoders, settings.pool, settings.text_pool, settings.max_samples,
+             session.settings.run.seed, repr(session.images)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-ENCODERS = {"backbone": _backbone}
+def _read(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """The embedding of a file, or None where there is none, or one of something else, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        saved = read_json(path, checksum=True)
+    except CheckpointDamaged as damage:
+        logging.warning("%s is computed again: %s", path, damage.reason)
+        return None
+    if saved.get("key") != key:
+        logging.warning("%s is computed again: it was made from other records or encoders.", path)
+        return None
+    return {part: np.asarray(saved["embedding"][part], np.float32) for part in PARTS}
+
+
+def _agreed(known: bool) -> bool:
+    """Whether every process knows; all must take the same way."""
+    if jax.process_count() == 1:
+        return known
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.asarray(known)).all())
 
 
 def cosine(first: np.ndarray, second: np.ndarray) -> float:

@@ -25,7 +25,7 @@ ImageFile.LOAD_TRUNCATED_IMAGES = True
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MODES = ("pad", "crop")
+MODES = ("pad", "crop", "squash")
 BAD_IMAGE_POLICIES = ("raise", "blank")
 # Above this ratio only the part that the centre crop keeps is resized: the whole strip might not fit into memory.
 _LONG_STRIP = 8
@@ -41,15 +41,21 @@ class ImageSpec:
         size: height and width in pixels.
         mean: per channel, of values in [0, 1].
         std: per channel.
+        resample: how pixels are interpolated, in Pillow's numbers: 2 bilinear (ViT), 3 bicubic (CLIP).
     """
 
     size: int
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
+    resample: int = Image.Resampling.BICUBIC
 
     @classmethod
-    def from_folder(cls, folder: str) -> ImageSpec:
+    def from_folder(cls, folder: str, *, vit: bool = False) -> ImageSpec:
         """Reads `preprocessor_config.json` or `processor_config.json` of a Hugging Face folder.
+
+        Args:
+            folder: the model's.
+            vit: whether a ViT's file is read, where a missing field means 0.5 for mean and std, and bilinear; else CLIP's values.
 
         Raises:
             UserError: "<folder>: holds no preprocessor_config.json or processor_config.json; ..." or "<file>: field ...".
@@ -65,7 +71,9 @@ class ImageSpec:
             except (OSError, ValueError, AttributeError) as error:
                 raise UserError(f"{path}: not a readable JSON object; copy it again from the model's folder") from error
             if "image_mean" in config or "crop_size" in config or "size" in config:
-                return cls(_side(config, path), _triple(config, "image_mean", path), _triple(config, "image_std", path))
+                means = _triple(config, "image_mean", path, (0.5,) * 3 if vit else CLIP_MEAN)
+                deviations = _triple(config, "image_std", path, (0.5,) * 3 if vit else CLIP_STD)
+                return cls(_side(config, path), means, deviations, _resample(config, path, 2 if vit else 3))
         raise UserError(
             f"{folder}: holds no preprocessor_config.json or processor_config.json with image settings; copy it from the model's folder"
         )
@@ -95,8 +103,15 @@ def _side(config: dict, path: str) -> int:
     return sizes[0]
 
 
-def _triple(config: dict, field: str, path: str) -> tuple[float, float, float]:
-    value = config.get(field, CLIP_MEAN if field == "image_mean" else CLIP_STD)
+def _resample(config: dict, path: str, default: int) -> int:
+    value = config.get("resample", default)
+    if value not in tuple(Image.Resampling):
+        raise UserError(f"{path}: field resample={value!r} must be one of Pillow's filters, 0 to 5 (2 is bilinear, 3 bicubic)")
+    return int(value)
+
+
+def _triple(config: dict, field: str, path: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
+    value = config.get(field, default)
     ok = isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
     if not ok or (field == "image_std" and min(value) <= 0):
         raise UserError(f"{path}: field {field}={value} must be three numbers (above 0 for image_std)")
@@ -113,7 +128,8 @@ def load_image(
         path: file; its kind is told from its content.
         size: height and width of the result in pixels.
         mean, std: per channel.
-        mode: "pad" pastes it centred on a square of the mean colour first; "crop" loses the borders of the longer side.
+        mode: "pad" pastes it centred on a square of the mean colour first; "crop" loses the borders of the longer side; "squash" keeps
+            everything and loses the proportions.
         on_bad: "raise", or "blank" for an image of the mean colour (logged).
 
     Returns:
@@ -130,7 +146,7 @@ class ImageLoader:
 
     Attributes:
         spec: the image spec.
-        mode: "pad" or "crop".
+        mode: "pad", "crop" or "squash".
         on_bad: "raise" or "blank".
         bad: paths that were replaced by a blank image.
     """
@@ -139,7 +155,7 @@ class ImageLoader:
         """Args: spec, mode, on_bad: as in `load_image`; cache_bytes: memory for prepared uint8 pixels, 0 for none.
 
         Raises:
-            UserError: "config.evaluate.image_mode=x: choose one of pad, crop", "config.data.on_bad_image=x: choose one of raise, blank"
+            UserError: "config.evaluate.image_mode=x: choose one of ...", "config.data.on_bad_image=x: choose one of raise, blank"
         """
         if mode not in MODES:
             raise UserError(f"config.evaluate.image_mode={mode}: choose one of {', '.join(MODES)}")
@@ -162,7 +178,7 @@ class ImageLoader:
                 self._cache.move_to_end(path)
                 return self._cache[path]
         try:
-            pixels = prepare_pixels(open_rgb(path), self.spec.size, self.mode, self.spec.background)
+            pixels = prepare_pixels(open_rgb(path), self.spec.size, self.mode, self.spec.background, self.spec.resample)
         except UserError as error:
             if self.on_bad == "raise":
                 raise
@@ -259,26 +275,31 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def prepare_pixels(image: Image.Image, size: int, mode: str, background: tuple[int, int, int]) -> np.ndarray:
-    """Pads or not, resizes the shorter side to `size` (bicubic, antialiased), crops the centre.
+def prepare_pixels(
+    image: Image.Image, size: int, mode: str, background: tuple[int, int, int], resample: int = Image.Resampling.BICUBIC
+) -> np.ndarray:
+    """Pads or not, resizes the shorter side to `size` (antialiased), crops the centre; or resizes both sides to `size`.
 
     Args:
         image: RGB.
         size: pixels.
-        mode: "pad" or "crop".
+        mode: "pad", "crop" or "squash".
         background: RGB colour of the padding.
+        resample: Pillow's filter.
 
     Returns:
         uint8[size,size,3].
 
-    Source: CLIP's image processor in its PIL form; CoIN's `image_aspect_ratio=pad`.
+    Source: CLIP's and ViT's image processors in their PIL form; CoIN's `image_aspect_ratio=pad`.
     """
+    if mode == "squash":
+        return np.asarray(image.resize((size, size), resample))
     width, height = image.size
     if mode == "pad" and width != height:
         side = max(width, height)
         if side * side > _LARGEST_CANVAS and side > _LONG_STRIP * size:
             scale = _LONG_STRIP * size / side
-            image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BICUBIC)
+            image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))), resample)
             (width, height), side = image.size, max(image.size)
         canvas = Image.new("RGB", (side, side), background)
         canvas.paste(image, ((side - width) // 2, (side - height) // 2))
@@ -289,9 +310,9 @@ def prepare_pixels(image: Image.Image, size: int, mode: str, background: tuple[i
     if max(new) > _LONG_STRIP * size:
         across, down = width / new[0], height / new[1]
         box = (left * across, top * down, (left + size) * across, (top + size) * down)
-        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+        return np.asarray(image.resize((size, size), resample, box=box))
     if image.size != new:
-        image = image.resize(new, Image.Resampling.BICUBIC)
+        image = image.resize(new, resample)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 

@@ -54,7 +54,8 @@ class TaskInfo:
         name: the task's name.
         total: number of tasks in the sequence.
         size: number of training examples.
-        similarity: f32[index] similarity to each earlier task in [0, 1] (empty for the first).
+        similarity: f32[index] similarity to each earlier task in [0, 1] (empty for the first); NaN for methods that do not declare
+            `uses_similarity`.
         seed: the run's seed.
     """
 
@@ -134,6 +135,11 @@ class Method:
         require(self.alpha > 0, "alpha", self.alpha, "alpha must be positive (2 * rank in the papers)")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "dropout must be in [0, 1)")
         require_choice("a_init", self.a_init, ("normal001", "kaiming"))
+
+    @property
+    def uses_similarity(self) -> bool:
+        """Whether `TaskInfo.similarity` is read; where it is not, no task is embedded."""
+        return False
 
     @property
     def scale(self) -> float:

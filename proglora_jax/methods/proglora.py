@@ -135,6 +135,11 @@ class ProgLoRADynamic(Pooled):
         require(value > 0, "temperature", repr(self.temperature), "must be 'sqrt_d' or a positive number")
         return value
 
+    @property
+    def uses_similarity(self) -> bool:
+        """For how many stored features are recalled."""
+        return self.recall_enabled and self.recall_count == "similarity"
+
     def init(self, targets: Targets, projector: PyTree, total: int, seed: int) -> CLState:
         """Pool, first key, query projector, and an empty memory of fixed size.
 

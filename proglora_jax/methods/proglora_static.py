@@ -52,6 +52,11 @@ class ProgLoRAStatic(Pooled):
         require(self.recall_weight >= 0, "recall_weight", self.recall_weight, "must be >= 0 (2.0 in the paper)")
         require(self.recall_per_task >= 0, "recall_per_task", self.recall_per_task, "must be >= 0 (200 in the paper)")
 
+    @property
+    def uses_similarity(self) -> bool:
+        """For the weights of the blocks, and for how much is replayed."""
+        return self.weights == "similarity" or (self.recall_enabled and self.recall_count == "similarity")
+
     def init(self, targets: Targets, projector: PyTree, total: int, seed: int) -> CLState:
         """An empty table of weights beside the pool."""
         state = super().init(targets, projector, total, seed)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from proglora_jax.core import stack
-from proglora_jax.models.layers import LayerNorm, Linear, Make, Settings, activation, attention
+from proglora_jax.models.layers import LayerNorm, Linear, Make, Settings, activation, attention, cut_patches
 from proglora_jax.models.presets import ClipConfig
 
 
@@ -82,11 +82,7 @@ class ClipVision(nnx.Module):
         if image.shape[1:] != expected:
             raise ValueError(f"image has shape {list(image.shape)}, but the vision tower takes [B, {', '.join(map(str, expected))}]")
         dtype = jnp.dtype(settings.dtype)
-        grid = side // patch
-        # A convolution whose stride is its kernel's size is a matmul over cut-out patches.
-        pixels = image.astype(dtype).reshape(-1, grid, patch, grid, patch, expected[-1])
-        pixels = pixels.transpose(0, 1, 3, 2, 4, 5).reshape(-1, grid * grid, patch * patch * expected[-1])  # [B, P, pixels]
-        patches = self.patch_embedding(pixels)
+        patches = self.patch_embedding(cut_patches(image.astype(dtype), patch))  # [B, P, D]
         first = jnp.broadcast_to(self.class_embedding[...].astype(dtype), (patches.shape[0], 1, patches.shape[-1]))
         h = jnp.concatenate([first, patches], axis=1) + self.position_embedding[...].astype(dtype)
         return self.pre_layrnorm(h)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,19 @@ class Settings:
             raise ValueError(f"dtype={self.dtype!r} is unknown: choose float32, bfloat16 or float16")
         if self.attention == "cudnn" and self.dtype == "float32":
             raise ValueError("attention='cudnn' computes in 16 bits only: choose dtype='bfloat16' or attention='xla'")
+
+
+def fill(abstract: nnx.Module, leaf: Callable[[str, jax.ShapeDtypeStruct], Any]) -> Any:
+    """The module of shapes `abstract` with arrays in it: leaf(path such as "layers/q_proj/kernel", shape and dtype), one call each."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
+    return jax.tree_util.tree_unflatten(structure, [leaf(path_of(keys), shape) for keys, shape in leaves])
+
+
+def path_of(keys: tuple) -> str:
+    """Path of a parameter from its keys in a flattened module."""
+    names = [str(key.name) for key in keys]
+    # A parameter is a node of its own in the tree, with its array under "value".
+    return "/".join(names[:-1] if names[-1] == "value" else names)
 
 
 def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -99,6 +113,16 @@ class LayerNorm(nnx.Module):
         full = full * jax.lax.rsqrt(jnp.mean(jnp.square(full), axis=-1, keepdims=True) + self.eps)
         full = full * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
         return full.astype(x.dtype)
+
+
+def cut_patches(image: jax.Array, side: int) -> jax.Array:
+    """Cuts image[B, H, W, C] into squares, row by row: [B, P, side * side * C].
+
+    A convolution whose stride is its kernel's size is a matmul over them.
+    """
+    _, height, width, channels = image.shape
+    pixels = image.reshape(-1, height // side, side, width // side, side, channels).transpose(0, 1, 3, 2, 4, 5)
+    return pixels.reshape(-1, (height // side) * (width // side), side * side * channels)
 
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:

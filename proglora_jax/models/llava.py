@@ -27,7 +27,7 @@ from flax import nnx
 
 from proglora_jax.core.types import Adapter, Targets
 from proglora_jax.models.clip import ClipVision
-from proglora_jax.models.layers import Linear, Make, Settings, activation, dense
+from proglora_jax.models.layers import Linear, Make, Settings, activation, dense, fill, path_of
 from proglora_jax.models.llama import TARGETS, Cache, Llama, Output
 from proglora_jax.models.presets import LlavaConfig
 
@@ -227,8 +227,7 @@ def build(config: LlavaConfig, leaf: Callable[[str, jax.ShapeDtypeStruct], Any],
         leaf: (path such as "language/layers/q_proj/kernel", shape and dtype) -> array.
         settings: compute dtype and attention; default float32.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract_llava(config, settings=settings))
-    return jax.tree_util.tree_unflatten(structure, [leaf(_path(keys), abstract) for keys, abstract in leaves])
+    return fill(abstract_llava(config, settings=settings), leaf)
 
 
 def abstract_llava(config: LlavaConfig, dtype: Any = jnp.float32, settings: Settings | None = None) -> Llava:
@@ -266,19 +265,13 @@ def _kinds(config: LlavaConfig) -> dict[str, str]:
     """Path of a parameter -> its kind (kernel, embedding, ones, zeros)."""
     # Strings are not arrays, but a pytree holds them as well.
     kinds = Llava(lambda shape, kind: kind, config, Settings())
-    return {_path(keys): kind for keys, kind in jax.tree_util.tree_flatten_with_path(kinds)[0]}
-
-
-def _path(keys: tuple) -> str:
-    names = [str(key.name) for key in keys]
-    # A parameter is a node of its own in the tree, with its array under "value".
-    return "/".join(names[:-1] if names[-1] == "value" else names)
+    return {path_of(keys): kind for keys, kind in jax.tree_util.tree_flatten_with_path(kinds)[0]}
 
 
 def _nested(module: nnx.Module) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(module)[0]:
-        *folders, last = _path(keys).split("/")
+        *folders, last = path_of(keys).split("/")
         node = tree
         for folder in folders:
             node = node.setdefault(folder, {})

@@ -183,6 +183,73 @@ class LlavaConfig:
         return {**rest, "image_seq_length": self.image_tokens, **fields}
 
 
+@dataclasses.dataclass(frozen=True)
+class VitConfig:
+    """Sizes of a ViT; the defaults are those of transformers' ViTConfig, which are ViT-B/16 at 224 px."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 16
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    qkv_bias: bool = True
+
+    def __post_init__(self):
+        _whole_heads("ViT", self.hidden_size, self.num_attention_heads)
+        if self.image_size % self.patch_size:
+            raise ValueError(f"ViT: image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches P of an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any]) -> VitConfig:
+        """Reads a ViT's config.json.
+
+        Raises:
+            ValueError: "config: model_type=<value> is not supported (vit is)"
+        """
+        _require("config", "model_type", fields.get("model_type"), ("vit",))
+        return _from_fields(cls, fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Sizes of a BERT encoder; the defaults are those of transformers' BertConfig, which are bert-base-uncased."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self):
+        _whole_heads("BERT", self.hidden_size, self.num_attention_heads)
+
+    @classmethod
+    def from_hf(cls, fields: Mapping[str, Any]) -> BertConfig:
+        """Reads a BERT's config.json.
+
+        Raises:
+            ValueError: "config: model_type=<value> is not supported (bert is)" or the same of `position_embedding_type`, `is_decoder`
+        """
+        # The first BERT folders name no model_type; their config has a field that no other model of that time had.
+        _require("config", "model_type", fields.get("model_type", "bert" if "type_vocab_size" in fields else None), ("bert",))
+        _require("config", "position_embedding_type", fields.get("position_embedding_type", "absolute"), ("absolute",))
+        _require("config", "is_decoder", bool(fields.get("is_decoder", False)), (False,))
+        return _from_fields(cls, fields)
+
+
 def llava15_7b() -> LlavaConfig:
     """LLaVA-1.5 7B: Vicuna-7B v1.5 and CLIP ViT-L/14 at 336 px."""
     return LlavaConfig()
@@ -213,3 +280,8 @@ def _require(where: str, name: str, value: Any, allowed: tuple) -> None:
 def _from_fields(cls: type, fields: Mapping[str, Any]) -> Any:
     names = {field.name for field in dataclasses.fields(cls)}
     return cls(**{name: value for name, value in fields.items() if name in names})
+
+
+def _whole_heads(where: str, width: int, heads: int) -> None:
+    if width % heads:
+        raise ValueError(f"{where}: hidden_size={width} must be a multiple of num_attention_heads={heads}")

@@ -55,6 +55,8 @@ class DataSettings:
         tasks: a named order ("coin", "alphabet") or task names with commas between.
         instruction_set: Original, Diverse or 10Type.
         template: conversation template.
+        tokenizer_legacy: True starts every later turn of a conversation like a fresh text, which CoIN trained with; False glues it to the
+            end of the turn before, as today's tokenizers do.
         max_length: positions per record, image included; longer ones lose their end.
         buckets: ((positions, label slots), ...) in growing order; a record goes to the first that holds it.
         train_examples: examples per task, chosen by a stable hash; 0 takes all.
@@ -76,6 +78,7 @@ class DataSettings:
     tasks: str = "coin"
     instruction_set: str = "Original"
     template: str = "vicuna_v1"
+    tokenizer_legacy: bool = True
     max_length: int = 2048
     buckets: tuple = ((704, 128), (1024, 512), (1536, 1024), (2048, 2048))
     train_examples: int = 0
@@ -104,6 +107,8 @@ class TrainSettings:
         max_steps: steps of a phase, whatever the number of examples; 0 follows `epochs`.
         learning_rate: of blocks (and routing, times the method's multiplier).
         projector_learning_rate: of the mm_projector.
+        projector_init_per_task: which mm_projector a later task starts with: "previous" (of the task before), "stage1" (the backbone's) or
+            "random" (as CoIN's scripts did by mistake).
         schedule: "cosine" to 0, "constant", both after linear warm-up, or "constant_log_warmup" (CoIN's effective one).
         warmup_fraction: share of the steps that warm up.
         weight_decay: decoupled, on everything that trains.
@@ -123,6 +128,7 @@ class TrainSettings:
     max_steps: int = 0
     learning_rate: float = 2e-4
     projector_learning_rate: float = 2e-5
+    projector_init_per_task: str = "previous"
     schedule: str = "cosine"
     warmup_fraction: float = 0.03
     weight_decay: float = 0.0
@@ -165,14 +171,20 @@ class SimilaritySettings:
     """How alike two tasks are.
 
     Attributes:
-        encoders: "backbone" (its own vision tower and word embeddings).
+        encoders: "backbone" (its own vision tower and word embeddings, no download) or "vit_bert" (the paper's: a ViT and a BERT).
+        vit_path: Hugging Face folder of the ViT (the paper's size is vit-base-patch16-224), for "vit_bert".
+        bert_path: Hugging Face folder of the BERT (bert-base-uncased), for "vit_bert".
         pool: "cls" or "mean" over the patches of an image.
+        text_pool: "mean" over the tokens of a text, or "cls" (of a BERT; word embeddings have none).
         max_samples: examples of a task that are averaged, chosen by seed.
         clamp: whether similarities are clamped to [0, 1].
     """
 
     encoders: str = "backbone"
+    vit_path: str = ""
+    bert_path: str = ""
     pool: str = "cls"
+    text_pool: str = "mean"
     max_samples: int = 10000
     clamp: bool = True
 

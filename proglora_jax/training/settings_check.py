@@ -13,6 +13,7 @@ from proglora_jax.data.tasks import TASKS
 from proglora_jax.data.templates import INSTRUCTION_SETS, TEMPLATES
 from proglora_jax.evaluation.published import ROWS
 from proglora_jax.models.presets import PRESETS
+from proglora_jax.training.projector import PROJECTOR_INITS
 
 SCHEDULES = ("cosine", "constant", "constant_log_warmup")
 
@@ -50,6 +51,9 @@ def check_settings(settings: Any) -> None:
             "max_length": 1, "max_labels": 0, "train_examples": 0, "embedded_train_size": 1, "embedded_test_size": 1, "embedded_seed": 0,
             "threads": 0, "image_cache_mb": 0}.items()),
         _one_of("train.schedule", train.schedule, SCHEDULES),
+        _one_of("train.projector_init_per_task", train.projector_init_per_task, PROJECTOR_INITS),
+        (settings.method.train_mm_projector or train.projector_init_per_task != "random", "train.projector_init_per_task", "'random'",
+         "needs config.method.train_mm_projector=True: a random projector that does not train sees nothing"),
         _one_of("train.loss_norm", train.loss_norm, ("global_token_mean", "micro_batch_mean")),
         *(_at_least(f"train.{name}", getattr(train, name), least) for name, least in {
             "batch_size": 1, "micro_batches": 1, "epochs": 1, "max_steps": 0, "loss_group_size": 1, "loss_groups": 0,
@@ -63,8 +67,14 @@ def check_settings(settings: Any) -> None:
         _one_of("evaluate.image_mode", evaluate.image_mode, ("coin", "pad")),
         *(_at_least(f"evaluate.{name}", getattr(evaluate, name), least) for name, least in {
             "batch_size": 1, "max_new_tokens": 0, "subset_size": 0, "subset_seed": 0}.items()),
-        _one_of("similarity.encoders", settings.similarity.encoders, ("backbone",)),
+        _one_of("similarity.encoders", settings.similarity.encoders, ("backbone", "vit_bert")),
+        *((not path or settings.similarity.encoders == "vit_bert", f"similarity.{name}", repr(path),
+           "the backbone's own encoders need no folder; set config.similarity.encoders=vit_bert to use this one")
+          for name, path in {"vit_path": settings.similarity.vit_path, "bert_path": settings.similarity.bert_path}.items()),
         _one_of("similarity.pool", settings.similarity.pool, ("cls", "mean")),
+        _one_of("similarity.text_pool", settings.similarity.text_pool, ("cls", "mean")),
+        (settings.similarity.text_pool == "mean" or settings.similarity.encoders == "vit_bert", "similarity.text_pool", "'cls'",
+         "the backbone's word embeddings have no class token; set config.similarity.text_pool=mean, or encoders=vit_bert"),
         _at_least("similarity.max_samples", settings.similarity.max_samples, 1),
         _one_of("run.published_row", run.published_row, ("", *ROWS)),
         _one_of("run.protocol", run.protocol, ("sequential", "isolated")),

@@ -86,6 +86,26 @@ def test_the_table_covers_the_published_models(preset, projector):
     assert ours["language_model.model.embed_tokens.weight"] == (32064, config.text_config.hidden_size)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_table_covers_vicuna_clip_and_projector(preset):
+    """The papers' start, in three places: transformers' Llama with 32,000 rows, its whole CLIP, and the names of original LLaVA."""
+    config = PRESETS[preset]()
+    text, vision = config.text_config.to_hf() | {"vocab_size": 32000}, config.vision_config.to_hf()
+    with torch.device("meta"):
+        language = transformers.LlamaForCausalLM(transformers.LlamaConfig(**text))
+        clip = transformers.CLIPModel(transformers.CLIPConfig(vision_config=vision))
+    width, seen = config.text_config.hidden_size, config.vision_config.hidden_size
+    projector = {"0.weight": (width, seen), "0.bias": (width,), "2.weight": (width, width), "2.bias": (width,)}
+    theirs = {f"model.mm_projector.{name}": shape for name, shape in projector.items()}
+    theirs |= {name: tuple(tensor.shape) for model in (language, clip) for name, tensor in model.state_dict().items()}
+    found = {canonical(name): shape for name, shape in theirs.items()}
+    found.pop(None)
+    grown = {"language_model.model.embed_tokens.weight", "language_model.lm_head.weight"}
+    ours = dict(disk_names(config))
+    assert set(found) == set(ours) and {name for name in ours if ours[name] != found[name]} == grown
+    assert all((ours[name], found[name]) == ((32064, width), (32000, width)) for name in grown)
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_styles_are_inverses_of_canonical(style):
     names = [name for name, _ in disk_names(PRESETS["llava15_7b"]())]

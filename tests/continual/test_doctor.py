@@ -138,6 +138,13 @@ def test_cutting_rows_comes_last():
     assert not any("max_length" in line for line in longer)
 
 
+def test_encoders_of_similarity_are_looked_for():
+    flags = ["--config.similarity.encoders=vit_bert", "--config.similarity.vit_path=/nowhere"]
+    said = advice(diagnose(load_config(f"{COIN}:method=proglora_static", flags), Machine(devices=1)))
+    assert "config.similarity.vit_path=/nowhere: no such folder; give the Hugging Face folder of a ViT (nothing is downloaded)" in said
+    assert not any("similarity" in line for line in advice(diagnose(load_config(f"{COIN}:method=lora", flags), Machine(devices=1))))
+
+
 def test_what_cannot_fit_says_so():
     lines = advice(diagnose(load_config(COIN), Machine(devices=1, memory_gb=12)))
     assert any("no setting known here makes it fit: take devices with more memory" in line for line in lines)

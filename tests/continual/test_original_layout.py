@@ -18,6 +18,7 @@ from proglora_jax.checkpoints.stage import load_records
 from proglora_jax.continual.trained import open_trained
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.synthetic import tokenizer as pieces
+from proglora_jax.data.synthetic.benchmark import write_benchmark
 
 DROPPED = (pieces.PAD, pieces.IMAGE)
 
@@ -54,6 +55,53 @@ def take_apart(model: Path, out: Path) -> dict[str, str]:
     (out / "vicuna" / "tokenizer_config.json").write_text(json.dumps(special))
     names = {"path": "vicuna", "vision_path": "clip", "projector_path": "mm_projector.bin"}
     return {f"model__{field}": str(out / name) for field, name in names.items()}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """The fields that name Vicuna, CLIP and projector of the tiny model."""
+    folder = tmp_path_factory.mktemp("original")
+    return take_apart(tiny_run.save_model(folder / "model"), folder / "parts")
+
+
+def doctor(capsys, places: dict[str, str]) -> str:
+    """What tools doctor prints of the tiny benchmark with a backbone in these places."""
+    flags = [f"--config.{name.replace('__', '.')}={place}" for name, place in places.items()]
+    assert tools.main(["doctor", f"--config={tiny_run.CONFIGS / 'coin_mini.py'}:method=lora", "--memory-gb=80", *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_doctor_finds_the_three_places_and_says_what_is_missing(parts, capsys):
+    text = doctor(capsys, parts)
+    rows = json.loads(Path(parts["model__path"], "config.json").read_text())["vocab_size"]
+    assert f"backbone vicuna_projector_custom: original LLaVA layout, 3 weight file(s), F32, vocabulary {rows} -> " in text
+    assert "tensor" not in text.split("Before you run it:")[-1]
+    without = {name: place for name, place in parts.items() if name != "model__projector_path"}
+    said = doctor(capsys, without)
+    assert "4 problem(s): no tensor multi_modal_projector.linear_1" in said and "backbone vicuna" not in said
+    alone = f"--config.model.path={parts['model__path']}"
+    assert tools.main(["doctor", f"--config={tiny_run.CONFIGS / 'coin_mini.py'}:method=lora", alone]) == 1
+    assert "without a vision tower; give the folder of a CLIP as vision_folder (config.model.vision_path" in capsys.readouterr().err
+
+
+def test_check_data_measures_with_the_tokenizer_that_a_run_would_use(parts, tmp_path, capsys):
+    """Vicuna's tokenizer has no <image>; a run adds it, and so the lengths are those of the joined model."""
+    root, model = tmp_path / "data", Path(parts["model__path"]).parents[1] / "model"
+    write_benchmark(str(root), 0, 8, 4)
+    reports = []
+    for name, arguments in {"apart": [parts["model__path"], "--vision", parts["model__vision_path"]], "joined": [str(model)]}.items():
+        report = tmp_path / f"{name}.json"
+        common = ["--template", "vicuna_v1_bare", "--max-length", "92", "--json", str(report)]
+        assert tools.main(["check-data", str(root), "--model", *arguments, *common]) == 0, capsys.readouterr()
+        reports.append(json.loads(report.read_text()))
+    assert reports[0]["tasks"] == reports[1]["tasks"] and reports[0]["tasks"][0]["train"]["longest"] > 20
+    capsys.readouterr()
+    for arguments, sentence in (
+        (["--model", parts["model__path"]], "without a vision tower; give the folder of a CLIP"),
+        (["--vision", parts["model__vision_path"]], "--vision: goes with --model; with --tokenizer, give --image-tokens"),
+    ):
+        assert tools.main(["check-data", str(root), *arguments]) == 1
+        assert sentence in capsys.readouterr().err
 
 
 def test_a_run_from_three_places_equals_one_from_the_converted_folder(here, tmp_path, capsys):

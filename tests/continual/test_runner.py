@@ -19,6 +19,7 @@ from proglora_jax.data.errors import UserError
 from proglora_jax.methods.registry import METHODS, NAMES
 from proglora_jax.training.log import RunLogger
 from proglora_jax.training.loop import Stopped
+from proglora_jax.training.projector import projector_for_task
 
 TASKS = ("TextVQA", "ImageNet", "OCRVQA")
 TWO = {"data__tasks": "TextVQA,OCRVQA", "train__max_steps": 3}
@@ -218,6 +219,22 @@ def test_isolated_runs_give_forward_transfer(here):
     assert record.metrics("coin").fwt is not None
     in_sequence = adapters(sequence)[0][1]  # the first task has none before it, so both protocols train the same
     assert len(first) > 10 and all(np.array_equal(leaf, in_sequence[path]) for path, leaf in first.items())
+
+
+def test_a_projector_that_is_lost_between_tasks_is_lost_on_demand(here):
+    """CoIN's bug as a flag: the second task's projector is random, not the first one's; at a rate of 0 both stay as they began."""
+    fields = {"train__projector_init_per_task": "random", "train__projector_learning_rate": 0.0, "train__max_steps": 1}
+    found = [leaves for _, leaves in adapters(here.run("lost", "lora", **TWO | fields))]
+    own = {"linear_1": {}, "linear_2": {}}
+    for path, leaf in found[0].items():
+        if path.startswith("params/mm_projector/"):
+            own[path.split("/")[2]][path.split("/")[3]] = leaf
+    drawn = projector_for_task("random", own, own, 1, 0)
+    assert all(np.array_equal(found[1][f"params/mm_projector/{name}/{part}"], leaf) for name, parts in drawn.items()
+               for part, leaf in parts.items())
+    assert not np.array_equal(found[0]["params/mm_projector/linear_1/kernel"], drawn["linear_1"]["kernel"])
+    with pytest.raises(UserError, match="train.projector_init_per_task='random': needs config.method.train_mm_projector=True"):
+        here.run("never", "lora", **fields, method__train_mm_projector=False)
 
 
 def test_isolated_results_are_checked_before_anything_is_trained(here, dynamic):

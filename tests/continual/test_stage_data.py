@@ -14,12 +14,15 @@ from PIL import Image
 from tiny_run import here  # noqa: F401 (a fixture)
 
 from proglora_jax.continual import similarity
+from proglora_jax.continual.answering import image_mode
+from proglora_jax.continual.similarity_encoders import open_encoders
 from proglora_jax.continual.session import open_session
 from proglora_jax.continual.stage_data import chosen_batches, own_rows, stage_data
 from proglora_jax.continual.stages import plan_stages
 from proglora_jax.data import batch as codes
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.replay import replay_indices
+from proglora_jax.data.tasks import TASKS
 from proglora_jax.methods.base import Replay, TaskInfo
 from proglora_jax.training.settings import from_config
 
@@ -27,7 +30,8 @@ from proglora_jax.training.settings import from_config
 @pytest.fixture(scope="module")
 def session(here):
     """An open session of the static method over three tasks."""
-    fields = {"train__max_steps": 0, "similarity__max_samples": 100, "data__tasks": "TextVQA,ScienceQA,ImageNet", "train__epochs": 2}
+    fields = {"data__tasks": "TextVQA,ScienceQA,ImageNet", "data__tokenizer_legacy": False, "similarity__max_samples": 100}
+    fields |= {"train__max_steps": 0, "train__epochs": 2}
     opened = open_session(from_config(here.config("proglora_static", **fields)), here.folder / "session", resumed=False)
     yield opened
     opened.logger.close()
@@ -107,11 +111,22 @@ def test_chosen_rows_come_in_full_batches_with_their_places(session, last):
     assert seen == dict(enumerate(numbers))
 
 
+def test_questions_are_seen_as_in_coin_or_as_in_training(session):
+    padded = dataclasses.replace(session.settings, evaluate=dataclasses.replace(session.settings.evaluate, image_mode="pad"))
+    for name in TASKS:
+        cropped = name in ("ScienceQA", "ImageNet", "Grounding", "VQAv2")
+        assert image_mode(session, name) == ("crop" if cropped else "pad")
+        assert image_mode(dataclasses.replace(session, settings=padded), name) == "pad"
+    assert session.eval_loader("pad") is session.train_loader and session.eval_loader("crop").mode == "crop"
+    assert session.train_loader.mode == "pad" and not session.encoder.tokenizer.legacy
+
+
 @pytest.fixture(scope="module")
 def embeddings(session):
     """Our embedding of each task."""
     stages = plan_stages(session.tasks, session.method, "sequential")
-    return {stage.name: similarity.task_embedding(session, stage.name, own_rows(session, stage), 4) for stage in stages}
+    encoders = open_encoders(session)
+    return {stage.name: similarity.task_embedding(session, encoders, stage.name, own_rows(session, stage)) for stage in stages}
 
 
 def test_task_embeddings_are_means_over_images_and_words(here, session, embeddings):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 
 import numpy as np
 import pytest
@@ -228,22 +227,3 @@ def test_decoding_and_fingerprint(always, tmp_path):
     assert always.decode(ids) == "Toaster. 0.41"
     again = load_tokenizer(save_tokenizer(str(tmp_path), "always"))
     assert again.fingerprint == always.fingerprint != load_tokenizer(str(tmp_path), legacy=False).fingerprint
-
-
-@pytest.mark.skipif("LLAMA_TOKENIZER" not in os.environ, reason="needs a folder with LLaMA's tokenizer in LLAMA_TOKENIZER")
-def test_golden_llama_ids():
-    tokenizer = load_tokenizer(os.environ["LLAMA_TOKENIZER"])
-    ids = encode_prompt(Question("1", "ImageNet", "/x.jpg", "What is it?", ""), tokenizer, VICUNA, 1, 4096).tokens.tolist()
-    image = ids.index(tokenizer.image_token_id)
-    assert ids[:image] == [
-        1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892, 13173, 29892,
-        322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889, 3148, 1001, 29901, 29871,
-    ]  # fmt: skip
-    assert ids[image + 1 : image + 3] == [29871, 13] and ids[-5:] == [319, 1799, 9047, 13566, 29901]
-    record = example(("Q", "A"), ("Q", "2"), ("Q", "[0.41, 0.28]"))
-    encoded = encode_example(record, tokenizer, VICUNA, 1, 4096)
-    runs = [encoded.tokens[run].tolist() for run in spans(encoded.segments, ANSWER)]
-    box = [518, 29900, 29889, 29946, 29896, 29892, 29871, 29900, 29889, 29906, 29947, 29962]
-    assert runs == [[319, 2], [29871, 29906, 2], [*box, 2]]
-    for run in spans(encoded.segments, ANSWER)[:-1]:
-        assert encoded.tokens[run[-1] + 1 : run[-1] + 3].tolist() == [3148, 1001]

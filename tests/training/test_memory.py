@@ -51,6 +51,40 @@ def test_what_is_held_agrees_with_the_plan_of_the_design(preset, rank, expected)
     assert sum(parts.values()) == pytest.approx(expected, rel=0.1)
 
 
+# The design counts the pool in bfloat16; here it is held in float32, in which it was trained, so large ranks need more.
+@pytest.mark.parametrize("preset, rank, expected", [("llava15_7b", 128, 26.2), ("llava15_13b", 128, 44.7)])
+def test_large_ranks_are_held_as_planned_but_for_the_pools_format(preset, rank, expected):
+    parts = parts_of(preset, Load(0, 704, 128), method__rank=rank, method__alpha=2.0 * rank)
+    blocks = parts["frozen blocks and keys"]
+    assert sum(parts.values()) - blocks / 2 == pytest.approx(expected, rel=0.1)
+    assert sum(parts.values()) > 1.1 * expected, "in float32 it is more"
+
+
+# Rows at once at 704 positions on 24, 40, 80 and 141 GB, as the design counts them. It differs in three assumptions: the pool in bfloat16;
+# 0.2 GB a row of width 4096 beside what is kept (the compiled step of this code plans more than twice that, see training/memory.py); and
+# x A of all blocks, which "qkvo" keeps here, counts nothing there (at rank 128 and eight blocks it is 0.65 GB a row).
+ROWS = {
+    ("llava15_7b", 16): {"full": (12, 51, 149, 297), "qkvo": (3, 15, 43, 86)},
+    ("llava15_7b", 128): {"full": (0, 28, 125, 274), "qkvo": (0, 8, 36, 79)},
+    ("llava15_13b", 16): {"full": (0, 11, 80, 186), "qkvo": (0, 3, 21, 50)},
+    ("llava15_13b", 128): {"full": (0, 0, 54, 160), "qkvo": (0, 0, 14, 43)},
+}
+
+
+@pytest.mark.parametrize("preset, rank", ROWS)
+def test_rows_that_fit_differ_from_the_design_by_three_assumptions(preset, rank):
+    for remat, expected in ROWS[preset, rank].items():
+        parts = parts_of(preset, Load(1, 704, 64), model__remat=remat, method__rank=rank, method__alpha=2.0 * rank)
+        grows = kept(parts) + parts["working set of a layer"]
+        held = sum(parts.values()) - grows - parts["frozen blocks and keys"] / 2
+        text = backbone(preset).config.text_config
+        row = kept(parts) + 0.2 * text.hidden_size / 4096
+        if remat == "qkvo":
+            row += (2 * text.hidden_size - 4 * 7 * 8 * rank) * 704 * text.num_hidden_layers / GB
+        fit = [max(0.0, (0.92 * memory_gb - held) / row) for memory_gb in (24, 40, 80, 141)]
+        assert fit == pytest.approx(expected, rel=0.1, abs=1.5), (remat, fit)
+
+
 @pytest.mark.parametrize(
     "preset, remat, expected",
     [("llava15_7b", "qkvo_mlp", 2.10), ("llava15_7b", "qkvo", 1.11), ("llava15_7b", "full", 0.18),
