@@ -1,4 +1,4 @@
-"""Verbs for people: report, compare, check-data, doctor, convert, make-benchmark, make-base.
+"""Verbs for people: report, compare, check-data, doctor, convert, predict, make-benchmark, make-base.
 
 Each explains itself: python -m proglora_jax.tools VERB --help.
 """
@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m proglora_jax.tools", description="Tools around proglora_jax.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for add in (_add_report, _add_compare, _add_check_data, _add_doctor, _add_convert, _add_make_benchmark, _add_make_base):
+    for add in (_add_report, _add_compare, _add_check_data, _add_doctor, _add_convert, _add_predict, _add_make_benchmark,
+                _add_make_base):
         add(verbs)
     arguments, rest = parser.parse_known_args(argv)
     if rest and not hasattr(arguments, "overrides"):
@@ -198,6 +199,46 @@ def _from_hf(arguments) -> None:
 
     places = {"vision_folder": arguments.vision, "projector_file": arguments.projector}
     convert_from_hf(arguments.folder, arguments.out, **places, style=arguments.style, dtype=arguments.dtype)
+
+
+def _add_predict(verbs) -> None:
+    parser = _verb(verbs, "predict", "Ask a trained stage: an image and a question in, answer and gates out.", _predict)
+    parser.add_argument("workdir", help="folder of the run")
+    parser.add_argument("--image", help="an image file; without it the question is about text alone")
+    parser.add_argument("--question", help="the whole question; the run's own questions end with an instruction, see --instruction")
+    parser.add_argument("--questions", metavar="FILE", help='JSONL, one {"question": ..., "image": ...} a line')
+    parser.add_argument("--instruction", default="", metavar="TASK", help="put the instruction of this task to the question")
+    parser.add_argument("--stage", help="number as in the stage's folder, or the task's name; default: the last one that is trained")
+    parser.add_argument("--task", help="whose block answers, for methods that are told; default: the stage's own")
+    parser.add_argument("--base", help="folder of the backbone, where it is not where the run found it")
+    parser.add_argument("--image-mode", choices=("pad", "crop"), default="pad", help="pad to a square as in training, or crop its centre")
+    parser.add_argument("--max-new-tokens", type=int, default=0, help="cap on an answer; default: as in the run's evaluation")
+    parser.add_argument("--json", action="store_true", help="one line of JSON per question instead of text")
+
+
+def _predict(arguments) -> None:
+    from proglora_jax.continual import predict
+    from proglora_jax.continual.trained import open_trained
+
+    if (arguments.question is None) == (arguments.questions is None):
+        raise UserError("give --question TEXT (with --image FILE where it is about one), or --questions FILE")
+    if arguments.questions and arguments.image:
+        raise UserError("--image: belongs to --question; the lines of --questions name their own images")
+    if arguments.max_new_tokens < 0:
+        raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: must be above 0")
+    asked = predict.read_questions_file(arguments.questions) if arguments.questions else [(arguments.question, arguments.image)]
+    trained = open_trained(arguments.workdir, arguments.stage)
+    task = trained.asked_task(arguments.task)
+    questions = predict.make_questions(asked, arguments.instruction, trained.config["data"].get("instruction_set", "Original"))
+    source, warning = trained.backbone(arguments.base)
+    if warning:
+        print(warning, file=sys.stderr)
+    if not arguments.json:
+        told = f", asked as {trained.tasks()[task]}" if trained.method.uses_task_id else ""
+        print(f"{trained.method.name}, stage {trained.folder.name}{told}")
+    options = {"max_new_tokens": arguments.max_new_tokens, "image_mode": arguments.image_mode}
+    for prediction in predict.Predictor(trained, source)(questions, task, **options):
+        print(predict.as_json(prediction, trained) if arguments.json else "\n" + predict.describe(prediction))
 
 
 def _add_make_benchmark(verbs) -> None:
