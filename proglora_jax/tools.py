@@ -168,30 +168,37 @@ def _add_convert(verbs) -> None:
     way.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: each tensor as it is")
     way.add_argument("--style", choices=("hub", "transformers5", "memory", "original"), default="hub", help="of the tensors' names")
 
-    way = _verb(ways, "to-hf", "Write a trained stage as a PEFT adapter, or merged into a LLaVA folder.", _to_hf)
+    way = _verb(ways, "to-hf", "Write a trained stage as a PEFT adapter, merged into a LLaVA folder, or all blocks with gates.", _to_hf)
     way.add_argument("workdir", help="folder of the run")
     way.add_argument("--out", required=True, help="folder to write; must be empty or absent")
-    way.add_argument("--kind", choices=("adapter", "merged"), default="adapter")
+    way.add_argument("--kind", choices=("adapter", "merged", "dynamic"), default="adapter",
+                     help="dynamic: every block as a PEFT adapter, what gates them, and a torch module that puts them together")
     way.add_argument("--stage", help="number as in the stage's folder, or the task's name; default: the last one that is trained")
     way.add_argument("--task", help="whose fused block, for methods that fuse by task; default: the stage's own")
     way.add_argument("--block", type=int, help="one block as it was trained, without gates, counted from 0 (adapter only)")
     way.add_argument("--base", help="folder of the backbone, where it is not where the run found it")
     way.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of merged weights; default: the backbone's formats")
-    way.add_argument("--verify", action="store_true", help="reload it with torch (and peft) in f32 and compare logits first")
+    way.add_argument("--verify", action=argparse.BooleanOptionalAction, default=None,
+                     help="reload it with torch (and peft) in f32 and compare with our model before it is done; default: where torch is")
 
 
 def _to_hf(arguments) -> None:
     from proglora_jax.continual.export import export_adapter, export_merged
+    from proglora_jax.continual.export_gates import export_dynamic
 
-    places = {name: getattr(arguments, name) for name in ("stage", "task", "base", "verify")}
+    places = {name: getattr(arguments, name) for name in ("stage", "base", "verify")}
+    if arguments.block is not None and arguments.kind != "adapter":
+        raise UserError("--block: a block alone is an adapter, not a model; use --kind adapter")
+    if arguments.dtype is not None and arguments.kind != "merged":
+        raise UserError("--dtype: adapters are written in float32, as they were trained; use it with --kind merged")
     if arguments.kind == "merged":
-        if arguments.block is not None:
-            raise UserError("--block: a block alone is an adapter, not a model; use --kind adapter")
-        export_merged(arguments.workdir, arguments.out, dtype=arguments.dtype, **places)
+        export_merged(arguments.workdir, arguments.out, task=arguments.task, dtype=arguments.dtype, **places)
+    elif arguments.kind == "dynamic":
+        if arguments.task is not None:
+            raise UserError("--task: with --kind dynamic the prompt chooses among the blocks of all tasks; leave it out")
+        export_dynamic(arguments.workdir, arguments.out, **places)
     else:
-        if arguments.dtype is not None:
-            raise UserError("--dtype: adapters are written in float32, as they were trained; use it with --kind merged")
-        export_adapter(arguments.workdir, arguments.out, block=arguments.block, **places)
+        export_adapter(arguments.workdir, arguments.out, task=arguments.task, block=arguments.block, **places)
 
 
 def _from_hf(arguments) -> None:

@@ -57,11 +57,12 @@ class Predictor:
     Attributes:
         trained: the stage.
         encoder: text to tokens, as in the run.
+        images: what images the vision tower wants.
         llava: the backbone.
         mesh: the devices.
     """
 
-    def __init__(self, trained: Trained, source: Source, *, options: ModelOptions | None = None, param_dtype: str = ""):
+    def __init__(self, trained: Trained, source: Source, *, options: ModelOptions | None = None, param_dtype: str = "", mesh: Any = None):
         """Loads the backbone.
 
         Args:
@@ -69,11 +70,12 @@ class Predictor:
             source: its backbone.
             options: compute dtype and attention; default: the run's.
             param_dtype: of the stored parameters; default: the run's.
+            mesh: the devices; default: the run's mesh where there are so many, else the first device.
         """
         model = trained.model
         options = options or ModelOptions(model["dtype"], model["attention"])
-        self.trained, self.mesh = trained, _mesh(trained)
-        self.encoder, self._images = prompting(trained, source)
+        self.trained, self.mesh = trained, mesh or _mesh(trained)
+        self.encoder, self.images = prompting(trained, source)
         dtype = jax.numpy.dtype(param_dtype or model["param_dtype"])
         self.llava = load_source(source, dtype, settings=options, mesh=self.mesh)
         self._state = meshes.put_replicated(trained.state, self.mesh)
@@ -94,7 +96,7 @@ class Predictor:
         cap = max_new_tokens or self.trained.config["evaluate"]["max_new_tokens"] or self._longest()
         generate = make_generator(self.trained.method, self.mesh, cap, tokenizer.eos_id, tokenizer.pad_id, tokenizer.size)
         rows = -(-min(ROWS, len(questions)) // ways) * ways
-        batches = eval_batches(questions, self.encoder, ImageLoader(self._images, image_mode), batch_size=rows, task_id=task)
+        batches = eval_batches(questions, self.encoder, ImageLoader(self.images, image_mode), batch_size=rows, task_id=task)
         found: dict[int, Prediction] = {}
         for batch in batches.batches(threads=0):
             out = generate(self._state.params, self._state.memory, self.llava, meshes.put_batch(batch, self.mesh), self._state.stage)
