@@ -213,8 +213,8 @@ class GatedLlava(torch.nn.Module):
         """transformers' `generate`, greedy unless `options` say otherwise; without the prompts, and padded behind the end."""
         self._mask = routing_mask
         rows = self.llava.get_input_embeddings().weight.shape[0]
-        plain = {"do_sample": False, "num_beams": 1, "eos_token_id": self.fields["eos_token_id"], "pad_token_id": self.fields["pad_token_id"],
-                 "suppress_tokens": list(range(self.fields["tokenizer_size"], rows)) or None}
+        plain = {name: self.fields[name] for name in ("eos_token_id", "pad_token_id")} | {"do_sample": False, "num_beams": 1}
+        plain["suppress_tokens"] = list(range(self.fields["tokenizer_size"], rows)) or None  # rows that no token uses
         made = self.llava.generate(input_ids=input_ids, **(plain | options))
         return made[:, input_ids.shape[1] :] if isinstance(made, torch.Tensor) else made
 
