@@ -155,7 +155,7 @@ def here(tmp_path_factory) -> Iterator[Here]:
     compilation_cache.reset_cache()
     jax.config.update("jax_disable_most_optimizations", True)
     make, level = meshes.make_mesh, logging.get_verbosity()
-    meshes.make_mesh = lambda shape: make(shape, jax.devices()[:1])
+    meshes.make_mesh = lambda shape, devices=None: make(shape, devices or jax.devices()[:1])
     yield Here(tmp_path_factory.mktemp("here"))
     meshes.make_mesh = make
     logging.set_verbosity(level)

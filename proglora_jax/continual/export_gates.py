@@ -28,14 +28,15 @@ from proglora_jax.checkpoints.sources import Source
 from proglora_jax.continual import torch_check
 from proglora_jax.continual.export import RECORD, record, say
 from proglora_jax.continual.predict import prompting
-from proglora_jax.continual.torch_check_gates import compare_dynamic
+from proglora_jax.continual.torch_check_gates import MODULE, compare_dynamic
 from proglora_jax.continual.trained import Trained, open_trained
 from proglora_jax.core.types import PyTree
 from proglora_jax.data.errors import UserError
 from proglora_jax.methods.routing import Routing
 
-MODULE, ROUTING = "gated_llava.py", "routing.json"
+ROUTING = "routing.json"
 FORMAT = 1
+HOW = ("tokens", "pool", "query", "score", "temperature", "weights")  # fields of a Routing that are no arrays
 SHARED = "shared"
 
 
@@ -77,12 +78,17 @@ def export_dynamic(
         say(log, copy_tokenizer(source, partial))
         fields = _fields(trained, routing, source)
         (partial / ROUTING).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        shutil.copyfile(importlib.resources.files("proglora_jax") / "assets" / "torch" / MODULE, partial / MODULE)
+        shutil.copyfile(module_file(), partial / MODULE)
         atomic_write_json(partial / RECORD, record(trained, kind="dynamic", task=None, block=None))
         log(f"{trained.method.name}, stage {trained.folder.name}: {len(names)} blocks of rank {trained.method.rank} and their gates "
             f"({', '.join(names)})")
         log(torch_check.checked(verify, lambda: compare_dynamic(trained, source, partial)))
     log(f"wrote {out}; {MODULE} in it says how to use it")
+
+
+def module_file() -> pathlib.Path:
+    """The torch module as it ships with the package."""
+    return pathlib.Path(str(importlib.resources.files("proglora_jax") / "assets" / "torch" / MODULE))
 
 
 def _write_blocks(trained: Trained, routing: Routing, source: Source, folder: pathlib.Path) -> None:
@@ -115,7 +121,7 @@ def _fields(trained: Trained, routing: Routing, source: Source) -> dict[str, Any
         "targets": sorted(trained.meta["targets"]), "base_model_name_or_path": str(source.folder),
         "blocks": [{"folder": f"block_{index:02d}", "task": task} for index, task in enumerate(trained.tasks())],
         "shared": [SHARED] if routing.shared else [],
-        "routing": {name: getattr(routing, name) for name in ("tokens", "pool", "query", "score", "temperature", "weights")},
+        "routing": {name: getattr(routing, name) for name in HOW},
         "template": {"name": template.name, "system": template.system, "user": template.user, "assistant": template.assistant},
         "image": {"size": images.size, "mean": list(images.mean), "std": list(images.std)},
         "image_tokens": encoder.image_tokens, "image_token_id": tokenizer.image_token_id, "bos_token_id": tokenizer.bos_id,

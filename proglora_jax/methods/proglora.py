@@ -348,4 +348,4 @@ class ProgLoRADynamic(Pooled):
 
     def routing(self, state: CLState) -> Routing:
         """Softmax over <query, key> / temperature; see `routing.of_prompt` for what is refused."""
-        return of_prompt(self, state, self._temperature(state.params["key"].shape[-1]))
+        return of_prompt(self, state, self._temperature)

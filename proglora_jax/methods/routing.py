@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,13 +61,13 @@ class Routing:
             raise ValueError(f"Routing.query={self.query!r}: a query projector belongs to 'paper' and 'code' only")
 
 
-def of_prompt(method: Any, state: CLState, temperature: float) -> Routing:
+def of_prompt(method: Any, state: CLState, temperature: Callable[[int], float]) -> Routing:
     """The routing of ProgLoRA's dynamic methods.
 
     Args:
         method: with `routing_*`, `split_max_quirk` and `proj_variant` of ProgLoRADynamic.
         state: with "key", "keys" and "query_projector" among its parameters.
-        temperature: of the softmax.
+        temperature: width of a key -> temperature of the softmax.
 
     Raises:
         ValueError: "<name> with config.method.<field>=<value> ..." for settings whose gates are no function of the prompt's embeddings.
@@ -83,4 +84,4 @@ def of_prompt(method: Any, state: CLState, temperature: float) -> Routing:
         )
     params, stage = jax.tree.map(np.asarray, state.params), int(state.stage)
     keys = np.concatenate([params["keys"][:stage], params["key"][None]])  # [M, D]
-    return Routing(keys, temperature, method.routing_tokens, "max", method.proj_variant, params["query_projector"])
+    return Routing(keys, temperature(keys.shape[-1]), method.routing_tokens, "max", method.proj_variant, params["query_projector"])
