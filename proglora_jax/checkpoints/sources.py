@@ -91,8 +91,9 @@ def find_source(folder: Path, vision_folder: Path | None = None, projector_file:
 
     Raises:
         UserError: "<folder>: no such folder ...", "<folder>: config.json is missing ...", "<file>: <field>=<value> is not supported ...",
-            "<folder>: describes a language model without a vision tower; ...", "<folder>: holds no projector; ...", what `tensors.open_file` says, or "<folder>: <count>
-            problem(s): no tensor <name>; ..." for all missing, unexpected and misshapen tensors at once.
+            "<folder>: describes a language model without a vision tower; ...", "<folder>: holds no projector; ...", what
+            `tensors.open_file` says, or "<folder>: <count> problem(s): no tensor <name>; ..." for all missing, unexpected and misshapen
+            tensors at once.
     """
     folder = _existing(folder)
     fields = read_fields(folder)

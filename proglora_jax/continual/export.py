@@ -62,7 +62,7 @@ def export_adapter(
     if not method.blocks(trained.state):
         raise UserError(f"{trained.folder}: {method.name} has no adapter; its backbone is the model")
     if block is None:
-        adapter = _folded(trained, id_, "or export its blocks one by one (--block)")
+        adapter = _folded(trained, id_, "or export its blocks one by one (--block), or all with their gates (--kind dynamic)")
         if method.blocks(trained.state) == 1 and not method.uses_task_id:
             block = 0  # the same adapter, with the rank and alpha of its training
     if block is not None:
@@ -115,7 +115,8 @@ def export_merged(
     check_free(out)
     trained = open_trained(workdir, stage)
     id_ = trained.asked_task(task)
-    adapter = _folded(trained, id_, "so no single set of weights equals it; export its blocks as adapters (--block)")
+    advice = "so no single set of weights equals it; export a block as an adapter (--block), or all with their gates (--kind dynamic)"
+    adapter = _folded(trained, id_, advice)
     source, warning = trained.backbone(base)
     say(log, warning)
     merge = Merge(trim_ranks(adapter, 0) if adapter else {}, jax.tree.map(np.asarray, trained.state.params["mm_projector"]))

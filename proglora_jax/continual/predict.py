@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from proglora_jax.checkpoints.hf_import import load_source
 from proglora_jax.checkpoints.sources import Source
@@ -97,6 +98,9 @@ class Predictor:
         generate = make_generator(self.trained.method, self.mesh, cap, tokenizer.eos_id, tokenizer.pad_id, tokenizer.size)
         rows = -(-min(ROWS, len(questions)) // ways) * ways
         batches = eval_batches(questions, self.encoder, ImageLoader(self.images, image_mode), batch_size=rows, task_id=task)
+        if batches.truncated():
+            longest = self.encoder.max_length
+            logging.warning("%d question(s) are cut to %d positions (config.data.max_length of the run)", len(batches.truncated()), longest)
         found: dict[int, Prediction] = {}
         for batch in batches.batches(threads=0):
             out = generate(self._state.params, self._state.memory, self.llava, meshes.put_batch(batch, self.mesh), self._state.stage)

@@ -167,7 +167,8 @@ def test_every_difference_has_its_sentence(rng, tmp_path):
     verdict = lambda **changes: torch_check_gates._verdict(tmp_path, ours, theirs | changes)  # noqa: E731
     assert f"the same {2 * len(rows)} tokens for {len(rows)} questions; gates differ by 0 at most" in verdict()
     changed = lambda name, value: [*theirs[name][:-1], value]  # noqa: E731
-    for name, value, what in (("ids", np.arange(5), "the ids of a prompt"), ("gates", np.array([0.2501, 0.7499], "f4"), "its gates, by 0.0001"),
+    for name, value, what in (("ids", np.arange(5), "the ids of a prompt"),
+                              ("gates", np.array([0.2501, 0.7499], "f4"), "its gates, by 0.0001"),
                               ("logits", ours["logits"][-1] + 1e-3, "its logits, by 0.001"),
                               ("answers", np.array([5, 7]), r"what it generates \(\[5, 7\], ours \[5, 6\]\)")):
         with pytest.raises(UserError, match=f"differs from our model in {what}"):

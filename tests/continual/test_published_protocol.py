@@ -1,4 +1,4 @@
-"""The papers' protocol end to end, made small: CoIN's files, Vicuna + projector + CLIP, configs/coin.py, export, the same answers in torch."""
+"""The papers' protocol end to end, small: CoIN's files, Vicuna + projector + CLIP, configs/coin.py, export, the same answers in torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from tiny_run import here  # noqa: F401 (a fixture)
 
 from proglora_jax import main, tools
 from proglora_jax.continual.answering import read_answers
+from proglora_jax.continual.predict import Predictor
 from proglora_jax.continual.torch_check_gates import load_module
+from proglora_jax.continual.trained import open_trained
 from proglora_jax.data.synthetic.benchmark import write_benchmark
 from proglora_jax.data.tasks import load_task, task_order
 from proglora_jax.training.config_file import load_config
@@ -75,13 +77,17 @@ def test_eight_tasks_from_vicuna_to_torch(here, parts, capsys):  # noqa: F811
         text_only += sum(question.image is None for question in questions)
     assert images + text_only == 16 and images > 8
 
-    # one of its own questions to an earlier stage, from the command line
+    # the run's own questions from the workdir alone, and a new one to an earlier stage, from the command line
+    trained = open_trained(workdir)
+    found = Predictor(trained, trained.backbone()[0])(questions, 0)
+    assert [answer.answer for answer in found] == answers
     picture = here.folder / "mine.png"
     Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(picture)
     command = ["predict", str(workdir), "--stage", "gqa", "--question", "What is this?", "--image", str(picture), "--json"]
     assert tools.main(command) == 0
     line = json.loads(capsys.readouterr().out)
-    assert list(line["gates"]) == list(TASKS[:4]) and line["stage"] == "03_gqa" and sum(line["gates"].values()) == pytest.approx(1, abs=1e-4)
+    assert list(line["gates"]) == list(TASKS[:4]) and line["stage"] == "03_gqa"
+    assert sum(line["gates"].values()) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("templates", ["Diverse", "10Type"])
