@@ -7,7 +7,14 @@
     --config configs/coin.py:method=lora,isolated                   each task alone, for FWT
 
 The published runs start from Vicuna with the projector of LLaVA's first stage, not from the instruction-tuned LLaVA-1.5: only from
-there is the zero-shot row what it is. backbone=any takes whatever LLaVA lies in the folder.
+there is the zero-shot row what it is. The three parts are named by three fields (vision_path and projector_path may stay unset where
+config.json of the first folder names them, as original LLaVA's does), for backbone=llava15_7b and llava15_13b alike:
+
+    --config configs/coin.py --config.data.root=/data/CoIN --config.model.path=/models/vicuna-7b-v1.5
+    --config.model.vision_path=/models/clip-vit-large-patch14-336 --config.model.projector_path=/models/stage1/mm_projector.bin
+
+A folder in the format of Hugging Face (llava-1.5-7b-hf, or what tools convert from-hf makes of the three) needs model.path alone.
+backbone=any takes whatever LLaVA lies in the folder.
 
 How alike tasks are is measured by the backbone's own vision tower and word embeddings, which need no further files. The papers took a ViT
 and a BERT: --config.similarity.encoders=vit_bert --config.similarity.vit_path=/models/vit-base-patch16-224

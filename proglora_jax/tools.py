@@ -1,4 +1,4 @@
-"""Verbs for people: report, compare, check-data, doctor, convert, make-benchmark, make-base.
+"""Verbs for people: report, compare, check-data, doctor, convert, predict, make-benchmark, make-base.
 
 Each explains itself: python -m proglora_jax.tools VERB --help.
 """
@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m proglora_jax.tools", description="Tools around proglora_jax.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for add in (_add_report, _add_compare, _add_check_data, _add_doctor, _add_convert, _add_make_benchmark, _add_make_base):
+    for add in (_add_report, _add_compare, _add_check_data, _add_doctor, _add_convert, _add_predict, _add_make_benchmark,
+                _add_make_base):
         add(verbs)
     arguments, rest = parser.parse_known_args(argv)
     if rest and not hasattr(arguments, "overrides"):
@@ -173,30 +174,37 @@ def _add_convert(verbs) -> None:
     way.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: each tensor as it is")
     way.add_argument("--style", choices=("hub", "transformers5", "memory", "original"), default="hub", help="of the tensors' names")
 
-    way = _verb(ways, "to-hf", "Write a trained stage as a PEFT adapter, or merged into a LLaVA folder.", _to_hf)
+    way = _verb(ways, "to-hf", "Write a trained stage as a PEFT adapter, merged into a LLaVA folder, or all blocks with gates.", _to_hf)
     way.add_argument("workdir", help="folder of the run")
     way.add_argument("--out", required=True, help="folder to write; must be empty or absent")
-    way.add_argument("--kind", choices=("adapter", "merged"), default="adapter")
+    way.add_argument("--kind", choices=("adapter", "merged", "dynamic"), default="adapter",
+                     help="dynamic: every block as a PEFT adapter, what gates them, and a torch module that puts them together")
     way.add_argument("--stage", help="number as in the stage's folder, or the task's name; default: the last one that is trained")
     way.add_argument("--task", help="whose fused block, for methods that fuse by task; default: the stage's own")
     way.add_argument("--block", type=int, help="one block as it was trained, without gates, counted from 0 (adapter only)")
     way.add_argument("--base", help="folder of the backbone, where it is not where the run found it")
     way.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of merged weights; default: the backbone's formats")
-    way.add_argument("--verify", action="store_true", help="reload it with torch (and peft) in f32 and compare logits first")
+    way.add_argument("--verify", action=argparse.BooleanOptionalAction, default=None,
+                     help="reload it with torch (and peft) in f32 and compare with our model before it is done; default: where torch is")
 
 
 def _to_hf(arguments) -> None:
     from proglora_jax.continual.export import export_adapter, export_merged
+    from proglora_jax.continual.export_gates import export_dynamic
 
-    places = {name: getattr(arguments, name) for name in ("stage", "task", "base", "verify")}
+    places = {name: getattr(arguments, name) for name in ("stage", "base", "verify")}
+    if arguments.block is not None and arguments.kind != "adapter":
+        raise UserError("--block: a block alone is an adapter, not a model; use --kind adapter")
+    if arguments.dtype is not None and arguments.kind != "merged":
+        raise UserError("--dtype: adapters are written in float32, as they were trained; use it with --kind merged")
     if arguments.kind == "merged":
-        if arguments.block is not None:
-            raise UserError("--block: a block alone is an adapter, not a model; use --kind adapter")
-        export_merged(arguments.workdir, arguments.out, dtype=arguments.dtype, **places)
+        export_merged(arguments.workdir, arguments.out, task=arguments.task, dtype=arguments.dtype, **places)
+    elif arguments.kind == "dynamic":
+        if arguments.task is not None:
+            raise UserError("--task: with --kind dynamic the prompt chooses among the blocks of all tasks; leave it out")
+        export_dynamic(arguments.workdir, arguments.out, **places)
     else:
-        if arguments.dtype is not None:
-            raise UserError("--dtype: adapters are written in float32, as they were trained; use it with --kind merged")
-        export_adapter(arguments.workdir, arguments.out, block=arguments.block, **places)
+        export_adapter(arguments.workdir, arguments.out, task=arguments.task, block=arguments.block, **places)
 
 
 def _from_hf(arguments) -> None:
@@ -204,6 +212,46 @@ def _from_hf(arguments) -> None:
 
     places = {"vision_folder": arguments.vision, "projector_file": arguments.projector}
     convert_from_hf(arguments.folder, arguments.out, **places, style=arguments.style, dtype=arguments.dtype)
+
+
+def _add_predict(verbs) -> None:
+    parser = _verb(verbs, "predict", "Ask a trained stage: an image and a question in, answer and gates out.", _predict)
+    parser.add_argument("workdir", help="folder of the run")
+    parser.add_argument("--image", help="an image file; without it the question is about text alone")
+    parser.add_argument("--question", help="the whole question; the run's own questions end with an instruction, see --instruction")
+    parser.add_argument("--questions", metavar="FILE", help='JSONL, one {"question": ..., "image": ...} a line')
+    parser.add_argument("--instruction", default="", metavar="TASK", help="put the instruction of this task to the question")
+    parser.add_argument("--stage", help="number as in the stage's folder, or the task's name; default: the last one that is trained")
+    parser.add_argument("--task", help="whose block answers, for methods that are told; default: the stage's own")
+    parser.add_argument("--base", help="folder of the backbone, where it is not where the run found it")
+    parser.add_argument("--image-mode", choices=("pad", "crop"), default="pad", help="pad to a square as in training, or crop its centre")
+    parser.add_argument("--max-new-tokens", type=int, default=0, help="cap on an answer; default: as in the run's evaluation")
+    parser.add_argument("--json", action="store_true", help="one line of JSON per question instead of text")
+
+
+def _predict(arguments) -> None:
+    from proglora_jax.continual import predict
+    from proglora_jax.continual.trained import open_trained
+
+    if (arguments.question is None) == (arguments.questions is None):
+        raise UserError("give --question TEXT (with --image FILE where it is about one), or --questions FILE")
+    if arguments.questions and arguments.image:
+        raise UserError("--image: belongs to --question; the lines of --questions name their own images")
+    if arguments.max_new_tokens < 0:
+        raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: must be above 0")
+    asked = predict.read_questions_file(arguments.questions) if arguments.questions else [(arguments.question, arguments.image)]
+    trained = open_trained(arguments.workdir, arguments.stage)
+    task = trained.asked_task(arguments.task)
+    questions = predict.make_questions(asked, arguments.instruction, trained.config["data"].get("instruction_set", "Original"))
+    source, warning = trained.backbone(arguments.base)
+    if warning:
+        print(warning, file=sys.stderr)
+    if not arguments.json:
+        told = f", asked as {trained.tasks()[task]}" if trained.method.uses_task_id else ""
+        print(f"{trained.method.name}, stage {trained.folder.name}{told}")
+    options = {"max_new_tokens": arguments.max_new_tokens, "image_mode": arguments.image_mode}
+    for prediction in predict.Predictor(trained, source)(questions, task, **options):
+        print(predict.as_json(prediction, trained) if arguments.json else "\n" + predict.describe(prediction))
 
 
 def _add_make_benchmark(verbs) -> None:

@@ -42,7 +42,9 @@ def python_files(folder: str) -> list[Path]:
     return sorted(p for p in (ROOT / folder).rglob("*.py") if "__pycache__" not in p.parts)
 
 
-PRODUCT = python_files(PACKAGE)
+# Programs that an export hands to others: they run without the package, and in torch.
+HANDED_OUT = python_files(f"{PACKAGE}/assets")
+PRODUCT = [path for path in python_files(PACKAGE) if path not in HANDED_OUT]
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for folder in (PACKAGE, "configs", "tests") for path in python_files(folder)}
 MODULES = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in PRODUCT}
 
@@ -110,6 +112,12 @@ def test_only_models_import_nnx():
 
 def test_the_product_never_imports_torch():
     fail_on([i for i in ALL_IMPORTS if i.name.split(".")[0] in {"torch", "torchvision", "peft", "accelerate", "tensorflow"}])
+
+
+def test_what_is_handed_out_stands_alone():
+    known = {"torch", "transformers", "safetensors", "numpy", "PIL"} | set(sys.stdlib_module_names)
+    assert HANDED_OUT
+    fail_on([i for path in HANDED_OUT for i in imports_of(path) if i.name.split(".")[0] not in known])
 
 
 def test_scores_take_strings_and_numbers():

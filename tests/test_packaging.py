@@ -36,7 +36,8 @@ def requirements(lines: str) -> list[Requirement]:
 
 def third_party_imports() -> set[str]:
     names = set()
-    for path in (ROOT / "proglora_jax").rglob("*.py"):
+    handed_out = ROOT / "proglora_jax" / "assets"  # torch programs beside an export, no part of the package
+    for path in [path for path in (ROOT / "proglora_jax").rglob("*.py") if handed_out not in path.parents]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names |= {alias.name.split(".")[0] for alias in node.names}

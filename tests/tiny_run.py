@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,18 @@ from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
 
 from proglora_jax import main
+from proglora_jax.checkpoints.hf_export import save_llava
 from proglora_jax.checkpoints.stage import load_checkpoint
 from proglora_jax.core import mesh as meshes
 from proglora_jax.data.synthetic import tokenizer as pieces
+from proglora_jax.models.llava import Llava
 from proglora_jax.models.presets import ClipConfig, LlamaConfig, LlavaConfig
-from proglora_jax.training.base_recipe import initial_tree, save_base
+from proglora_jax.training.base_recipe import initial_tree, processor_files
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+BASE = Path(main.__file__).parent / "assets" / "coin_mini_base"
+# The embedded model's own: to draw the words anew takes seconds.
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # Three tasks, eight steps each: every moment of a run comes within seconds.
 SMALL = {
     "method.rank": 2, "method.alpha": 4.0, "data.tasks": "TextVQA,ImageNet,OCRVQA", "data.embedded_train_size": 20,
@@ -35,7 +41,7 @@ DYNAMIC = {"method.proj_width": 4, "method.recall_per_task": 4}
 
 def save_model(folder: Path) -> Path:
     """Writes a random LLaVA of two narrow layers that reads the embedded benchmark's words and pictures."""
-    vocabulary = len(pieces.build_tokenizer().get_vocab())
+    vocabulary = json.loads((BASE / "config.json").read_text(encoding="utf-8"))["text_config"]["vocab_size"]
     text = LlamaConfig(
         vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128
     )
@@ -43,9 +49,15 @@ def save_model(folder: Path) -> Path:
         hidden_size=16, intermediate_size=24, projection_dim=8, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=16
     )
     config = LlavaConfig(
-        text_config=text, vision_config=vision, image_token_id=pieces.IMAGE, pad_token_id=pieces.PAD, tie_word_embeddings=True
+        text_config=text, vision_config=vision, image_token_id=pieces.IMAGE, pad_token_id=pieces.PAD, tie_word_embeddings=False
     )
-    save_base(initial_tree(config, 0), config, str(folder))
+    tree = initial_tree(config, 0)
+    head = {"lm_head": {"kernel": tree["language"]["embed_tokens"].T}}
+    save_llava(Llava.from_tree(config, tree | {"language": tree["language"] | head}), folder)
+    for name in TOKENIZER:
+        shutil.copyfile(BASE / name, folder / name)
+    for name, content in processor_files(config).items():
+        (folder / name).write_text(json.dumps(content))
     return folder
 
 
@@ -143,7 +155,7 @@ def here(tmp_path_factory) -> Iterator[Here]:
     compilation_cache.reset_cache()
     jax.config.update("jax_disable_most_optimizations", True)
     make, level = meshes.make_mesh, logging.get_verbosity()
-    meshes.make_mesh = lambda shape: make(shape, jax.devices()[:1])
+    meshes.make_mesh = lambda shape, devices=None: make(shape, devices or jax.devices()[:1])
     yield Here(tmp_path_factory.mktemp("here"))
     meshes.make_mesh = make
     logging.set_verbosity(level)

@@ -29,7 +29,7 @@ def save_adapter(
         folder: where to write; must exist.
         adapter: {linear: {"a": f32[L, d_in, R], "b": f32[L, R, d_out]}}, the same rank R everywhere.
         alpha: PEFT scales the delta by alpha / R.
-        projector: {"linear_1": {"kernel": f32[d_in, d_out], "bias": f32[d_out]}, "linear_2": ...}.
+        projector: {"linear_1": {"kernel": f32[d_in, d_out], "bias": f32[d_out]}, "linear_2": ...}; {} leaves the base model's.
         base: `base_model_name_or_path`, the model that the adapter belongs to.
         dropout: of the adapter while it trained; only matters to who trains on.
 
@@ -42,18 +42,27 @@ def save_adapter(
         for layer in range(a.shape[0]):
             at = _LAYER.format(layer, PARENTS[name], name)
             entries += [_entry(f"{at}.lora_A.weight", a[layer].T), _entry(f"{at}.lora_B.weight", b[layer].T)]
-    for part, leaves in sorted(projector.items()):
-        entries.append(_entry(f"{_PROJECTOR}.{part}.weight", np.asarray(leaves["kernel"], np.float32).T))
-        if "bias" in leaves:
-            entries.append(_entry(f"{_PROJECTOR}.{part}.bias", np.asarray(leaves["bias"], np.float32)))
+    entries += [entry._replace(name=f"{_PROJECTOR}.{entry.name}") for entry in linear_entries(projector)]
     write_file(folder / ADAPTER_WEIGHTS, entries)
     rank = next(iter(adapter.values()))["a"].shape[-1]
-    fields = adapter_fields(sorted(adapter), rank, alpha, base, dropout)
+    fields = adapter_fields(sorted(adapter), rank, alpha, base, dropout, projector=bool(projector))
     (folder / ADAPTER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     return [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS]
 
 
-def adapter_fields(linears: list[str], rank: int, alpha: float, base: str, dropout: float = 0.0) -> dict[str, Any]:
+def linear_entries(parts: PyTree) -> list[Entry]:
+    """Linears {name: {"kernel": [d_in, d_out], "bias": [d_out] or absent}} as torch lays them out: <name>.weight, <name>.bias."""
+    entries = []
+    for part, leaves in sorted(parts.items()):
+        entries.append(_entry(f"{part}.weight", np.asarray(leaves["kernel"], np.float32).T))
+        if "bias" in leaves:
+            entries.append(_entry(f"{part}.bias", np.asarray(leaves["bias"], np.float32)))
+    return entries
+
+
+def adapter_fields(
+    linears: list[str], rank: int, alpha: float, base: str, dropout: float = 0.0, projector: bool = True
+) -> dict[str, Any]:
     """adapter_config.json of a LoRA on some linears of every decoder layer, and on no layer of the vision tower."""
     groups = {parent: [name for name in linears if PARENTS[name] == parent] for parent in ("self_attn", "mlp")}
     names = "|".join(rf"{parent}\.({'|'.join(group)})" for parent, group in groups.items() if group)
@@ -62,7 +71,7 @@ def adapter_fields(linears: list[str], rank: int, alpha: float, base: str, dropo
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha, "lora_dropout": dropout, "bias": "none", "fan_in_fan_out": False,
         # A list of names would also find the projections of the vision tower.
         "target_modules": rf".*language_model.*layers\.\d+\.({names})",
-        "modules_to_save": ["multi_modal_projector"],
+        "modules_to_save": ["multi_modal_projector"] if projector else None,
     }  # fmt: skip
 
 

@@ -95,8 +95,9 @@ def find_source(folder: Path, vision_folder: Path | None = None, projector_file:
 
     Raises:
         UserError: "<folder>: no such folder ...", "<folder>: config.json is missing ...", "<file>: <field>=<value> is not supported ...",
-            "<folder>: describes a language model without a vision tower; ...", what `tensors.open_file` says, or "<folder>: <count>
-            problem(s): no tensor <name>; ..." for all missing, unexpected and misshapen tensors at once.
+            "<folder>: describes a language model without a vision tower; ...", "<folder>: holds no projector; ...", what
+            `tensors.open_file` says, or "<folder>: <count> problem(s): no tensor <name>; ..." for all missing, unexpected and misshapen
+            tensors at once.
     """
     folder = _existing(folder)
     fields = read_fields(folder)
@@ -113,6 +114,11 @@ def find_source(folder: Path, vision_folder: Path | None = None, projector_file:
         named = {canonical(name): tensor for name, tensor in open_file(file).items()}
         tensors |= {name: tensor for name, tensor in named.items() if name and name.startswith("multi_modal_projector.")}
         files.append(file)
+    if original and not any(name.startswith("multi_modal_projector.") for name in tensors):
+        raise UserError(
+            f"{folder}: holds no projector; give the one of LLaVA's first stage ({PROJECTORS[0]}): config.model.projector_path in a run, "
+            "--projector in tools convert"
+        )
     rows = config.text_config.vocab_size
     grown = _with_image_row(config)
     tensors = _checked(folder, config, tensors)
@@ -181,8 +187,8 @@ def _config(folder: pathlib.Path, fields: Mapping[str, Any], vision: pathlib.Pat
         if vision is None:
             tower = f" ({fields['mm_vision_tower']})" if fields.get("mm_vision_tower") else ""
             raise UserError(
-                f"{folder}: {CONFIG} describes a language model without a vision tower; give the folder of a CLIP{tower} as vision_folder "
-                "(config.model.vision_path of a run, --vision of the tools)"
+                f"{folder}: {CONFIG} describes a language model without a vision tower; give the folder of a CLIP{tower}: "
+                "config.model.vision_path in a run, --vision in the tools"
             )
         _refuse(fields, "mm_projector_type", "mlp2x_gelu")
         _refuse(fields, "mm_use_im_start_end", False)

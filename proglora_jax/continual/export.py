@@ -31,7 +31,7 @@ def export_adapter(
     task: str | None = None,
     block: int | None = None,
     base: str | None = None,
-    verify: bool = False,
+    verify: bool | None = None,
     log: Callable[[str], None] = print,
 ) -> None:
     """Writes a stage's adapter and projector as a PEFT folder.
@@ -46,7 +46,8 @@ def export_adapter(
         task: whose fused block, for methods that fuse by task; None takes the stage's own.
         block: one block instead, as it was trained: with the method's rank and alpha, and without any gate.
         base: folder of the backbone, where it is not where the run found it.
-        verify: reload it with torch, transformers and peft, and compare logits before the folder gets its name.
+        verify: reload it with torch, transformers and peft, and compare logits before the folder gets its name; None does so where
+            they are installed and the memory is there, and says so where they are not.
         log: takes a line of text.
 
     Raises:
@@ -55,13 +56,13 @@ def export_adapter(
     """
     check_free(out)
     trained = open_trained(workdir, stage)
-    method, id_ = trained.method, _task_id(trained, task)
+    method, id_ = trained.method, trained.asked_task(task)
     if block is not None and task is not None:
         raise UserError("--block exports a block as it is, --task a fused one; give one of them")
     if not method.blocks(trained.state):
         raise UserError(f"{trained.folder}: {method.name} has no adapter; its backbone is the model")
     if block is None:
-        adapter = _folded(trained, id_, "or export its blocks one by one (--block)")
+        adapter = _folded(trained, id_, "or export its blocks one by one (--block), or all with their gates (--kind dynamic)")
         if method.blocks(trained.state) == 1 and not method.uses_task_id:
             block = 0  # the same adapter, with the rank and alpha of its training
     if block is not None:
@@ -75,13 +76,10 @@ def export_adapter(
     named = model_folder(named) if named == "embedded" else named
     with whole_folder(out) as partial:
         save_adapter(partial, adapter, alpha, projector, base=named, dropout=method.dropout)
-        atomic_write_json(partial / RECORD, _record(trained, kind="adapter", task=_named(trained, id_, block), block=block))
+        atomic_write_json(partial / RECORD, record(trained, kind="adapter", task=_named(trained, id_, block), block=block))
         rank = next(iter(adapter.values()))["a"].shape[-1]
         log(f"{method.name}, stage {trained.folder.name}: {_what(trained, id_, block)} as a PEFT adapter of rank {rank}, alpha {alpha:g}")
-        if verify:
-            source, warning = trained.backbone(base)
-            _say(log, warning)
-            log(torch_check.compare_adapter(trained, source, partial, id_, block))
+        log(torch_check.checked(verify, lambda: _compare(trained, base, partial, id_, block, log)))
     log(f"wrote {out}")
 
 
@@ -93,7 +91,7 @@ def export_merged(
     task: str | None = None,
     base: str | None = None,
     dtype: Any = None,
-    verify: bool = False,
+    verify: bool | None = None,
     log: Callable[[str], None] = print,
 ) -> Merge:
     """Writes a LLaVA folder with the adapter merged: the sum in f32, one cast, and a table of what the cast cost.
@@ -116,28 +114,35 @@ def export_merged(
     """
     check_free(out)
     trained = open_trained(workdir, stage)
-    id_ = _task_id(trained, task)
-    adapter = _folded(trained, id_, "so no single set of weights equals it; export its blocks as adapters (--block)")
+    id_ = trained.asked_task(task)
+    advice = "so no single set of weights equals it; export a block as an adapter (--block), or all with their gates (--kind dynamic)"
+    adapter = _folded(trained, id_, advice)
     source, warning = trained.backbone(base)
-    _say(log, warning)
+    say(log, warning)
     merge = Merge(trim_ranks(adapter, 0) if adapter else {}, jax.tree.map(np.asarray, trained.state.params["mm_projector"]))
     source = dataclasses.replace(source, protocol=f"{source.protocol}+{trained.method.name}")
 
     def check(partial: pathlib.Path) -> None:
-        atomic_write_json(partial / RECORD, _record(trained, kind="merged", task=_named(trained, id_, None), block=None))
+        atomic_write_json(partial / RECORD, record(trained, kind="merged", task=_named(trained, id_, None), block=None))
         log(f"{trained.method.name}, stage {trained.folder.name}: {_what(trained, id_, None)} merged into {source.folder}")
         log(merge.report())
-        if verify:
-            log(torch_check.compare_merged(trained, source, partial, id_))
+        log(torch_check.checked(verify, lambda: torch_check.compare_merged(trained, source, partial, id_)))
 
     write_folder(source, out, dtype=dtype, change=merge, check=check, log=log)
     return merge
 
 
-def _task_id(trained: Trained, task: str | None) -> int:
-    if task is not None and not trained.method.uses_task_id:
-        raise UserError(f"--task {task}: {trained.method.name} does not know tasks, its adapter serves all of them; leave --task out")
-    return trained.task_id(task)
+def _compare(trained: Trained, base: str | None, folder: pathlib.Path, task: int, block: int | None, log: Callable[[str], None]) -> str:
+    """`torch_check.compare_adapter`; an adapter is written without the backbone, so that one that has moved is a reason, no error."""
+    torch_check.modules("torch", "peft")
+    try:
+        source, warning = trained.backbone(base)
+    except UserError as error:
+        if base is not None:
+            raise
+        raise torch_check.CannotCompare(str(error)) from error
+    say(log, warning)
+    return torch_check.compare_adapter(trained, source, folder, task, block)
 
 
 def _folded(trained: Trained, task: int, advice: str) -> PyTree:
@@ -163,12 +168,13 @@ def _what(trained: Trained, task: int, block: int | None) -> str:
     return f"block {block}" if block is not None else f"the fused block of {named}" if named else "its adapter"
 
 
-def _record(trained: Trained, **more: Any) -> dict[str, Any]:
-    """Where an export comes from."""
+def record(trained: Trained, **more: Any) -> dict[str, Any]:
+    """Where an export comes from: the fields of the stage's meta.json that say so, and `more`."""
     fields = ("method", "hyperparameters", "rank", "alpha", "targets", "backbone", "protocol", "tasks", "stage", "digest", "versions")
     return {**more, "trained_on": trained.meta["task"], **{name: trained.meta[name] for name in fields if name in trained.meta}}
 
 
-def _say(log: Callable[[str], None], line: str) -> None:
+def say(log: Callable[[str], None], line: str) -> None:
+    """Logs a line, if there is one."""
     if line:
         log(line)

@@ -1,14 +1,16 @@
-"""Reloads what was exported with torch and compares its logits with ours; for who asks for it and has torch, which nothing else needs.
+"""Reloads what was exported with torch and compares it with ours, before an export says that it is done; needs torch, as nothing else does.
 
 Our side runs the method as it runs in a task's evaluation, from the stage's checkpoint and the backbone's own files: what was folded,
-merged and renamed for the export is not used.
+merged and renamed for the export is not used. Both sides compute in f32 on the host.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,6 +30,31 @@ from proglora_jax.training.step import gate_inputs
 
 TOLERANCE = 1e-4  # of the largest logit, or absolute where that is below 1
 _TEXT = 24  # tokens around the image
+_ROOM = 1.3  # memory in use at the peak over the bytes of the weights in f32
+
+
+class CannotCompare(UserError):
+    """Why an export cannot be compared here; says nothing about the export."""
+
+
+def checked(verify: bool | None, compare: Callable[[], str]) -> str:
+    """What a comparison says; where it cannot be made, the reason, unless it was asked for.
+
+    Args:
+        verify: True for a comparison that must be made, False for none, None for one where it can be made.
+        compare: one of the functions below, ready to be called.
+
+    Raises:
+        UserError: as the function.
+    """
+    if verify is False:
+        return "not verified, as asked"
+    try:
+        return compare()
+    except CannotCompare as reason:
+        if verify:
+            raise
+        return f"NOT verified: {reason}"
 
 
 def compare_adapter(trained: Trained, source: Source, folder: pathlib.Path, task: int, block: int | None) -> str:
@@ -37,15 +64,12 @@ def compare_adapter(trained: Trained, source: Source, folder: pathlib.Path, task
         A sentence with the largest difference.
 
     Raises:
-        UserError: "--verify needs torch, transformers and peft; ...", "<folder>: transformers finds no weights for ...; ...", "<folder>:
-            differs from our model by ..."
+        CannotCompare: "comparing with torch needs ...", "<backbone>: transformers does not read the layout of original LLaVA; ..."
+        UserError: "<folder>: transformers finds no weights for ...; ...", "<folder>: differs from our model by ..."
     """
-    transformers, torch, peft = _modules("torch", "peft")
-    if source.original:
-        raise UserError(
-            f"{source.folder}: transformers does not read the layout of original LLaVA; convert it first (tools convert from-hf) and name "
-            "the new folder with --base"
-        )
+    transformers, torch, peft = modules("torch", "peft")
+    check_readable(source)
+    check_memory(source)
     inputs = _inputs(source)
     ours = _our_logits(trained, source, inputs, task, block)
     model = peft.PeftModel.from_pretrained(_load(transformers, torch, source.folder), str(folder)).eval()
@@ -63,21 +87,75 @@ def compare_merged(trained: Trained, source: Source, folder: pathlib.Path, task:
     Raises:
         UserError: as `compare_adapter`.
     """
-    transformers, torch = _modules("torch")
+    transformers, torch = modules("torch")
+    check_memory(source)
     inputs = _inputs(source)
     ours = _our_logits(trained, source, inputs, task, None)
     exact = {tensor.format for tensor in find_source(folder).tensors.values()} <= {"F32", "F64"}
     return _verdict(folder, ours, _their_logits(torch, _load(transformers, torch, folder), inputs), exact=exact)
 
 
-def _modules(*names: str) -> list[Any]:
+def modules(*names: str) -> list[Any]:
+    """transformers and the named modules.
+
+    Raises:
+        CannotCompare: "comparing with torch needs <names>, but <missing> is not installed; ..."
+    """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"--verify needs {' and '.join(names)}, but {' and '.join(missing)} is not installed; pip install {' '.join(missing)}, "
-            "or leave --verify out, for the export itself needs neither"
+        raise CannotCompare(
+            f"comparing with torch needs {' and '.join(names)}, but {' and '.join(missing)} is not installed; pip install "
+            f"{' '.join(missing)} and export again, or say --no-verify, for the export itself needs neither"
         )
     return [importlib.import_module(name) for name in ("transformers", *names)]
+
+
+def check_readable(source: Source) -> None:
+    """Refuses a backbone that transformers does not read.
+
+    Raises:
+        CannotCompare: "<backbone>: transformers does not read the layout of original LLaVA; ..."
+    """
+    if source.original:
+        raise CannotCompare(
+            f"{source.folder}: transformers does not read the layout of original LLaVA; convert it first (tools convert from-hf) and name "
+            "the new folder with --base"
+        )
+
+
+def check_memory(source: Source) -> None:
+    """Refuses to begin what would end for lack of memory.
+
+    Raises:
+        CannotCompare: "comparing in f32 needs about <n> GB of memory, ..."
+    """
+    needed = int(_ROOM * 4 * sum(int(np.prod(tensor.shape)) for tensor in source.tensors.values()))
+    free = _free_memory()
+    if free is not None and needed > free:
+        raise CannotCompare(
+            f"comparing in f32 needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free; export again where there is "
+            "more, or say --no-verify"
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes that a new program can have, None where the system does not say."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), None)
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+@contextlib.contextmanager
+def on_the_host() -> Iterator[Any]:
+    """Full precision on the host's processor, which is yielded: an f32 copy of a large model need not fit on an accelerator."""
+    try:
+        device = jax.devices("cpu")[0]
+    except RuntimeError:  # switched off by JAX_PLATFORMS
+        device = jax.devices()[0]
+    with jax.default_device(device), jax.default_matmul_precision("highest"):
+        yield device
 
 
 def _inputs(source: Source) -> dict[str, np.ndarray]:
@@ -93,17 +171,17 @@ def _inputs(source: Source) -> dict[str, np.ndarray]:
 
 def _our_logits(trained: Trained, source: Source, inputs: dict[str, np.ndarray], task: int, block: int | None) -> np.ndarray:
     """f32[B, T, V] of the backbone and the stage's adapter."""
-    method, state = trained.method, trained.state
-    llava = load_source(source, jnp.float32, settings=Settings(dtype="float32"))
-    tokens, rows = jnp.asarray(inputs["tokens"]), len(inputs["tokens"])
-    batch = {"segments": jnp.full(tokens.shape, INSTRUCTION, jnp.int8), "task_id": jnp.full((rows,), task, jnp.int32)}
+    method, state = trained.method, jax.tree.map(np.asarray, trained.state)
+    tokens, rows = inputs["tokens"], len(inputs["tokens"])
+    batch = {"segments": np.full(tokens.shape, INSTRUCTION, np.int8), "task_id": np.full((rows,), task, np.int32)}
     if block is not None:
         one = method.block(state, block)
         method = LoRA(rank=method.rank, alpha=method.alpha)
         state = CLState({"block": one, PROJECTOR: state.params[PROJECTOR]}, {}, {}, state.stage)
-    with jax.default_matmul_precision("highest"):
+    with on_the_host():
+        llava = load_source(source, jnp.float32, settings=Settings(dtype="float32"))
         image = llava.project(llava.encode_image(jnp.asarray(inputs["image"])), state.params[PROJECTOR])
-        x = llava.embed(tokens, image)
+        x = llava.embed(jnp.asarray(tokens), image)
         gates = method.gates(state.params, state.memory, gate_inputs(llava, method, x, batch, state.stage))
         return np.asarray(llava.logits(llava.decode(x, adapter=method.adapter(state.params, gates, None)).hidden))
 
@@ -125,9 +203,14 @@ def _their_logits(torch: Any, model: Any, inputs: dict[str, np.ndarray]) -> np.n
         return model(input_ids=tokens, pixel_values=pixels, attention_mask=torch.ones_like(tokens)).logits.float().numpy()
 
 
+def allowed(logits: np.ndarray) -> float:
+    """How far logits may be from those of the other side."""
+    return TOLERANCE * max(1.0, float(np.max(np.abs(logits))))
+
+
 def _verdict(folder: pathlib.Path, ours: np.ndarray, theirs: np.ndarray, *, exact: bool) -> str:
     difference, largest = float(np.max(np.abs(ours - theirs))), float(np.max(np.abs(ours)))
-    limit = TOLERANCE * max(1.0, largest)
+    limit = allowed(ours)
     if exact and not difference < limit:
         raise UserError(
             f"{folder}: differs from our model by {difference:.3g} in its logits (the largest is {largest:.3g}, {limit:.3g} is allowed); "

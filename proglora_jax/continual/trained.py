@@ -32,7 +32,7 @@ class Trained:
         method: with the hyper-parameters that it was trained with.
         state: at the end of the stage.
         meta: the checkpoint's meta.json.
-        model: the config's section "model", which names the backbone.
+        config: the run's config, {section: {field: value}}.
         sequence: whether the stage belongs to a sequence of tasks (else it is one of isolated tasks, or all of them at once).
     """
 
@@ -40,8 +40,13 @@ class Trained:
     method: Method
     state: CLState
     meta: Mapping[str, Any]
-    model: Mapping[str, Any]
+    config: Mapping[str, Any]
     sequence: bool
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """The config's section "model", which names the backbone."""
+        return self.config["model"]
 
     def tasks(self) -> tuple[str, ...]:
         """The tasks that the stage knows, by the ids that the method sees."""
@@ -60,6 +65,16 @@ class Trained:
         if not found:
             raise UserError(f"{self.folder}: has not learned {name}; it knows {', '.join(known)}")
         return found[0]
+
+    def asked_task(self, name: str | None) -> int:
+        """As `task_id`, for who may name a task only where the method wants to know it.
+
+        Raises:
+            UserError: as `task_id`; "--task <name>: <method> does not know tasks, ..."
+        """
+        if name is not None and not self.method.uses_task_id:
+            raise UserError(f"--task {name}: {self.method.name} does not know tasks, its adapter serves all of them; leave --task out")
+        return self.task_id(name)
 
     def backbone(self, base: str | None = None) -> tuple[Source, str]:
         """The model that the stage was trained on, and a warning ("" for none).
@@ -120,15 +135,16 @@ def open_trained(workdir: str | Path, stage: str | None = None) -> Trained:
     config = _config(workdir)
     sequence = meta["task"] in meta["tasks"] and config["run"]["protocol"] != "isolated"
     fresh = method.init(targets, tree["params"]["mm_projector"], len(meta["tasks"]) if sequence else 1, 0)
-    return Trained(stages[number], method, method.from_disk(tree, fresh, meta["index"]), meta, config["model"], sequence)
+    return Trained(stages[number], method, method.from_disk(tree, fresh, meta["index"]), meta, config, sequence)
 
 
 def _config(workdir: Path) -> Mapping[str, Any]:
-    """The sections of the run's config that an export needs."""
+    """The run's config."""
     path = workdir / "config.json"
     content = read_json(path)
     config = content.get("config") if isinstance(content, dict) else None
-    if not isinstance(config, dict) or "path" not in config.get("model", {}) or "protocol" not in config.get("run", {}):
+    needed = {"model": ("path",), "run": ("protocol",), "data": ("template", "max_length"), "evaluate": ("max_new_tokens",)}
+    if not isinstance(config, dict) or any(field not in config.get(section, {}) for section in needed for field in needed[section]):
         raise UserError(f"{path}: is not the config of a run; put the file back")
     return config
 

@@ -85,6 +85,11 @@ class Tokenizer:
         self._special = {self.bos_id, self.eos_id, self.image_token_id, self.pad_id} - {self.unk_id}
         self._backend.encode_special_tokens = True
 
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids that no text ever gets, growing."""
+        return tuple(sorted(self._special - {-1}))
+
     def save(self, folder: str) -> None:
         """Writes the tokenizer's files into a folder, with the tokens that were added to it."""
         self._backend.encode_special_tokens = False

@@ -17,6 +17,7 @@ from proglora_jax.data import replay
 from proglora_jax.methods import layer_routing
 from proglora_jax.methods.base import ADAPTER, GATE, PROJECTOR, GateInputs, Probe, TaskInfo, require, require_choice
 from proglora_jax.methods.pooled import Pooled
+from proglora_jax.methods.routing import Routing, of_prompt
 
 ROUTING_TOKENS = ("instruction", "text_prompt", "multimodal_prompt", "released_code")
 
@@ -349,3 +350,7 @@ class ProgLoRADynamic(Pooled):
     def fold(self, state: CLState, task: int) -> PyTree:
         """Not possible: the gates depend on each sample's instruction."""
         raise ValueError(f"{self.name} cannot be folded into one adapter: its gates are computed from each sample's instruction")
+
+    def routing(self, state: CLState) -> Routing:
+        """Softmax over <query, key> / temperature; see `routing.of_prompt` for what is refused."""
+        return of_prompt(self, state, self._temperature)

@@ -147,7 +147,7 @@ def test_original_llava_in_one_folder(world, tmp_path):
     chex.assert_trees_all_equal(
         load_source(source, jnp.float32).mm_projector.linear_1.kernel[...], state["multi_modal_projector.linear_1.weight"].T.numpy()
     )
-    with pytest.raises(UserError, match=r"without a vision tower; give the folder of a CLIP \(openai/clip\) as vision_folder"):
+    with pytest.raises(UserError, match=r"without a vision tower; give the folder of a CLIP \(openai/clip\): config.model.vision_path"):
         find_source(tmp_path)
     for change, sentence in {
         "mm_projector_type": ("linear", "mm_projector_type='linear' is not supported .'mlp2x_gelu' is."),
