@@ -12,6 +12,7 @@ METHODS = {
     "zero_shot": _SMALL_BLOCK,
     "multi_task": _LARGE_BLOCK,
     "lora": _LARGE_BLOCK,
+    "moelora": _LARGE_BLOCK | {"a_init": "normal001", "experts": 8, "router_input": "token"},
     "proglora_static": _SMALL_BLOCK | _POOL | _RECALL | {"weights": "similarity", "replay_block": "current", "replay_mix": "concat"},
     "proglora_dynamic": _SMALL_BLOCK | _POOL | _RECALL | {
         "routing_tokens": "instruction", "routing_layer": 0, "routing_scope": "global", "routing_decode": "prefill_cached",

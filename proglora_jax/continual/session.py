@@ -25,7 +25,7 @@ from proglora_jax.data.tasks import ORDERS, TaskData, load_task, select_subset, 
 from proglora_jax.data.templates import get_template
 from proglora_jax.data.tokens import Encoder, Tokenizer, load_tokenizer
 from proglora_jax.evaluation.evaluator import references
-from proglora_jax.methods.base import Method
+from proglora_jax.methods.base import Method, Phase
 from proglora_jax.models.layers import Settings as ModelOptions
 from proglora_jax.models.presets import PRESETS, LlavaConfig
 from proglora_jax.training import step
@@ -90,10 +90,10 @@ class Session:
         data = self.settings.data
         return ImageLoader(self.images, mode, data.on_bad_image, data.image_cache_mb << 20)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019
-    def train_step(self, separate_replay: bool) -> Callable:
-        """The training step."""
-        return step.make_train_step(self.method, self.settings.train, self.settings.model.remat, separate_replay, self.mesh)
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def train_step(self, separate_replay: bool, phase: Phase) -> Callable:
+        """The training step of a kind of phase, as `Phase.program` names it."""
+        return step.make_train_step(self.method, self.settings.train, self.settings.model.remat, separate_replay, self.mesh, phase)
 
     @functools.cached_property
     def probe_step(self) -> Callable:

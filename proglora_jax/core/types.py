@@ -44,6 +44,8 @@ class Adapter:
         delta: (name, leaves, layer_context, gates, x[B, T, d_in]) -> delta[B, T, d_out], added to the linear's output.
         layer_gate: (layer_leaves, gates, h[B, T, D]) -> layer_context, computed once per layer from the residual
             stream before the layer; None passes `layer_leaves` through as the context.
+        observe: (name, leaves, layer_context, gates, x) -> pytree, asked at each linear while a prompt is read; what it returns
+            is in the contexts under "linears", where `delta` finds it when the later tokens come one by one.
     """
 
     leaves: PyTree
@@ -51,6 +53,7 @@ class Adapter:
     gates: PyTree
     delta: Callable = dataclasses.field(metadata=dict(static=True))
     layer_gate: Callable | None = dataclasses.field(default=None, metadata=dict(static=True))
+    observe: Callable | None = dataclasses.field(default=None, metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass

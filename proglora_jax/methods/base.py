@@ -32,7 +32,13 @@ class GateInputs:
         progress: f32[] share of the phase's steps done, 1 outside training.
         training: whether this is a training step (static).
         routed: [B, T, D] hidden states that route where `routing_layer` > 0, else None.
-        contexts: what the layers decided for themselves, stacked [L, ...], where the method `gates_in_layers`; for `probe` only.
+        contexts: what the layers decided for themselves, stacked [L, ...], where the method `gates_in_layers` or `observes`; for
+            `probe` only.
+        image: f32[B, Dv] class token of the vision tower, where the method `wants_image`, else None.
+        image_mask: bool[B] rows with an image.
+        draw: PRNG key of the step, the same for all its micro-batches; None outside training.
+        running: the statistics that the steps of a phase update (`CLState.carry["running"]`); {} outside training.
+        phase: kind of the training phase (static).
     """
 
     embeddings: jax.Array
@@ -43,6 +49,11 @@ class GateInputs:
     training: bool = dataclasses.field(metadata=dict(static=True))
     routed: jax.Array | None = None
     contexts: PyTree = None
+    image: jax.Array | None = None
+    image_mask: jax.Array | None = None
+    draw: jax.Array | None = None
+    running: PyTree = dataclasses.field(default_factory=dict)
+    phase: str = dataclasses.field(default="train", metadata=dict(static=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +79,32 @@ class TaskInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One training phase of a stage; every phase sees the stage's data once per epoch."""
+    """One training phase of a stage; a field that is 0 or "" follows config.train.
+
+    Attributes:
+        name: of the phase, unlike the others of its stage; names its progress on disk.
+        kind: which program it runs; phases of one kind share a compile over the whole sequence.
+        cross_entropy: whether the answers' cross-entropy is part of the loss; without it `extra_loss` is all.
+        features: name of what `Method.probe` returns; the phase then trains on these values of the rows by `feature_loss`, and the
+            language model is not run again.
+        rows: most rows of the task that a phase on features uses, chosen by seed.
+        epochs: passes over the rows.
+        batch_size: rows of a step.
+        learning_rate: of the adapter's group.
+    """
 
     name: str = "train"
+    kind: str = "train"
+    cross_entropy: bool = True
+    features: str = ""
+    rows: int = 0
+    epochs: int = 0
+    batch_size: int = 0
+    learning_rate: float = 0.0
+
+    def program(self) -> Phase:
+        """What of a phase its compiled step depends on."""
+        return Phase(kind=self.kind, cross_entropy=self.cross_entropy, features=self.features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +162,10 @@ class Method:
     routing_layer: ClassVar[int] = 0
     regates: ClassVar[bool] = False
     gates_in_layers: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
+    wants_image: ClassVar[bool] = False
+    adapts_projector: ClassVar[bool] = False
+    blocks_are_tasks: ClassVar[bool] = True
 
     def __post_init__(self):
         require(self.rank >= 1, "rank", self.rank, "rank must be >= 1 (ProgLoRA uses 16)")
@@ -167,6 +205,35 @@ class Method:
         prefixes = self.trainable(info) + ((PROJECTOR,) if self.train_mm_projector else ())
         return trees.mask_by_prefix(state.params, prefixes)
 
+    def phase_mask(self, state: CLState, info: TaskInfo, phase: Phase) -> dict[str, bool]:
+        """{path: whether it trains} in one phase; the same in all of them unless a method says otherwise."""
+        del phase
+        return self.trainable_mask(state, info)
+
+    def skips(self, state: CLState, info: TaskInfo, phase: Phase) -> bool:
+        """Whether there is nothing to do in a phase."""
+        del state, info, phase
+        return False
+
+    def after_phase(self, state: CLState, info: TaskInfo, phase: Phase, probe: Probe) -> CLState:
+        """State after one phase, also after one that was skipped."""
+        del info, phase, probe
+        return state
+
+    def update_factors(self, memory: PyTree) -> dict[str, jax.Array]:
+        """{path: factors that broadcast against the leaf} on the updates of what trains; an entry with factor 0 rests bit by bit."""
+        del memory
+        return {}
+
+    def update_running(self, running: PyTree, seen: PyTree, draw: jax.Array, stage: jax.Array) -> PyTree:
+        """Running statistics after a step; `seen` is what the step logs (or what `feature_loss` observed), `draw` the step's key."""
+        del seen, draw, stage
+        return running
+
+    def feature_loss(self, params: PyTree, memory: PyTree, features: jax.Array, stage: jax.Array):
+        """Loss of a phase on features [B, ...]: (f32[], {name: f32[]} to log, pytree for `update_running`)."""
+        raise NotImplementedError(f"{self.name} has no phase on features")
+
     def group(self, path: str) -> str:
         """The learning-rate group of a parameter: "adapter", "gate" or "mm_projector"."""
         return PROJECTOR if path.startswith(PROJECTOR) else ADAPTER
@@ -192,6 +259,15 @@ class Method:
         layers = jax.tree.leaves(leaves)[0].shape[0]
         layer = {"dropout_key": jax.random.split(key, layers)} if rate else {}
         return Adapter(leaves, layer, gates, partial(pooled_delta, scale=self.scale, mix=self.mix(), rate=rate))
+
+    def projector_adapter(self, params: PyTree, gates: PyTree) -> Adapter | None:
+        """Adapter of the mm_projector, where the method `adapts_projector`; its gates are then made before there are image features."""
+        del params, gates
+        return None
+
+    def shown_gates(self, gates: PyTree, contexts: PyTree) -> jax.Array:
+        """f32[B|1, M] gates that are recorded of a prompt: mean over the layers where each has its own."""
+        return contexts["blocks"].mean(axis=0) if self.gates_in_layers else gates["blocks"]
 
     def mix(self) -> str:
         """How blocks are fused, see `lowrank.mix_ranks`."""

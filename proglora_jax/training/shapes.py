@@ -61,6 +61,8 @@ def abstract_stages(method: Method, llava: Llava, tasks: Sequence[str], sizes: S
         state = jax.eval_shape(lambda state: method.start_task(state, info, probe), state)
         yield StageShapes(info, state, method.trainable_mask(state, info))
         if size:
+            for phase in method.phases(info):
+                state = jax.eval_shape(lambda state: method.after_phase(state, info, phase, probe), state)
             state = jax.eval_shape(lambda state: method.end_task(state, info, probe), state)
 
 

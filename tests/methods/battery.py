@@ -73,7 +73,7 @@ def walk_from(run: harness.Harness, state: CLState, first: int = 0) -> Walk:
         state = run.method.end_task(state, run.info(index), run.probe)
         walk.ended.append(copy(state))
         walk.losses.append(seen)
-        walk.compiles.append(run.step(False)._cache_size() + run.step(True)._cache_size())
+        walk.compiles.append(run.compiles())
     return walk
 
 
