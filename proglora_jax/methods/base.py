@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from proglora_jax.adapters import lowrank
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data.errors import UserError
+from proglora_jax.methods.views import Passes, Probe
 
 ADAPTER, GATE, PROJECTOR = "adapter", "gate", "mm_projector"
 
@@ -88,9 +89,6 @@ class Replay:
     weight: float
     mix: str
     share: float = 0.25
-
-
-Probe = Callable[[CLState, np.ndarray], dict[str, np.ndarray]]
 
 
 def pooled_delta(name, leaves, context, gates, x, *, scale: float, mix: str, rate: float):
@@ -197,9 +195,14 @@ class Method:
         """How blocks are fused, see `lowrank.mix_ranks`."""
         return "delta"
 
-    def extra_loss(self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """A loss added to the cross-entropy of each micro-batch, and what to log of it."""
-        del params, memory, inputs, key
+    def extra_loss(
+        self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array, passes: Passes | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """A loss added to the cross-entropy of each micro-batch, and what to log of it.
+
+        The training step always gives `passes`: what this batch's forward pass gave, and a way to run it again with other parameters.
+        """
+        del params, memory, inputs, key, passes
         return jnp.float32(0), {}
 
     def probe(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> dict[str, jax.Array]:

@@ -17,6 +17,7 @@ from proglora_jax.core.types import PyTree
 from proglora_jax.data.batch import INSTRUCTION
 from proglora_jax.evaluation.generate import generate
 from proglora_jax.methods.base import PROJECTOR, GateInputs, Method
+from proglora_jax.methods.views import Pass, Passes
 from proglora_jax.training import losses, optim
 from proglora_jax.training.settings import TrainSettings
 
@@ -57,20 +58,34 @@ def batch_losses(
     Returns:
         (f32[] summed loss, {"ce": f32[], ...what the extra loss logs}).
     """
-    x = embed_batch(llava, params, batch)  # [B, T, D]
+    features = llava.encode_image(batch["image"])
+    x = llava.embed(batch["tokens"], llava.project(features, params[PROJECTOR]))  # [B, T, D]
     inputs = gate_inputs(llava, method, x, batch, control["stage"], control["progress"], training=True)
     gates = method.gates(params, memory, inputs)
-    adapter = method.adapter(params, gates, trees.fold_in_name(control["key"], "dropout"))
-    hidden = llava.decode(x, adapter=adapter, remat=remat).hidden
-    logits = llava.logits(losses.gather_positions(hidden, batch["label_index"]))  # [B, K, V]
-    nll = losses.token_nll(logits, batch["labels"], batch["label_mask"])
+    student = _label_pass(llava, method, remat, params, gates, x, batch, trees.fold_in_name(control["key"], "dropout"))
+    nll = losses.token_nll(student.logits, batch["labels"], batch["label_mask"])
     ce = (nll.sum(axis=1) * scale).sum()
-    extra, logged = method.extra_loss(params, memory, inputs, trees.fold_in_name(control["key"], "extra"))
+
+    def again(params: PyTree, gates: PyTree | None = None, key: jax.Array | None = None) -> Pass:
+        x = llava.embed(batch["tokens"], llava.project(features, params[PROJECTOR]))
+        if gates is None:
+            gates = method.gates(params, memory, gate_inputs(llava, method, x, batch, control["stage"]))
+        return _label_pass(llava, method, remat, params, gates, x, batch, key)
+
+    passes = Passes(student, batch["labels"], batch["label_mask"], scale / share, llava.logits, again)
+    extra, logged = method.extra_loss(params, memory, inputs, trees.fold_in_name(control["key"], "extra"), passes)
     blocks = gates["blocks"]
     if blocks.shape[-1] > 1:  # how much of a training sample the newest block gets
         logged = logged | {"newest_gate": jnp.take(blocks, control["stage"], axis=1).mean()}
     logged = {name: share * value for name, value in logged.items()}
     return ce + share * extra, {"ce": ce} | logged
+
+
+def _label_pass(llava: Any, method: Method, remat: str, params: PyTree, gates: PyTree, x: jax.Array, batch: Batch, key: Any) -> Pass:
+    """The backbone with the method's adapter on embeddings x[B, T, D]; scores at the label positions."""
+    states = llava.decode(x, adapter=method.adapter(params, gates, key), remat=remat).hidden
+    hidden = losses.gather_positions(states, batch["label_index"])  # [B, K, D]
+    return Pass(states, hidden, llava.logits(hidden))
 
 
 def make_train_step(method: Method, train: TrainSettings, remat: str, separate_replay: bool, mesh: Mesh) -> Callable:
