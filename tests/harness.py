@@ -16,7 +16,8 @@ from proglora_jax.core import tree as trees
 from proglora_jax.core.types import CLState
 from proglora_jax.methods.base import Method, Phase, Replay, TaskInfo, check_contract
 from proglora_jax.methods.registry import METHODS
-from proglora_jax.training import losses, loop, optim
+from proglora_jax.methods.views import Probe
+from proglora_jax.training import fisher, losses, loop, optim
 from proglora_jax.training import step as steps_of
 from proglora_jax.training.settings import TrainSettings
 
@@ -103,14 +104,35 @@ class Harness:
         """All training rows of a task."""
         return tiny_llava.rows_of(task, self.count, self.seed, **({} if self.image else {"image": False}))
 
-    def probe(self, state: CLState, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """What the method asks of training rows, in batches of one size."""
+    @functools.cached_property
+    def probe(self) -> Probe:
+        """What the method may ask of training rows."""
+        return Probe(self._samples, self._squared_gradients)
+
+    def _samples(self, state: CLState, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """In batches of one size."""
         rows, parts = self.rows(int(state.stage)), []
         for start in range(0, len(numbers), self.size):
             chosen = np.resize(numbers[start : start + self.size], self.size)
             batch = meshes.put_batch(tiny_llava.batch([rows[i] for i in chosen]), self.mesh)
             parts.append(self.probe_step(*meshes.put_replicated((state.params, state.memory), self.mesh), self.llava, batch, state.stage))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(numbers)], *parts)
+
+    @functools.cache  # noqa: B019
+    def fisher_step(self, names: tuple[str, ...], kind: str):
+        """The sum of squared gradients."""
+        return fisher.make_squared_gradients(self.method, self.mesh, names, kind, "none")
+
+    def _squared_gradients(self, state: CLState, numbers: np.ndarray, size: int, kind: str, names: tuple[str, ...]):
+        rows, batches = self.rows(int(state.stage)), -(-len(numbers) // size)
+        params, memory, total = meshes.put_replicated((state.params, state.memory, fisher.zeros(state.params, names)), self.mesh)
+        whole = fisher.filled_size(size, meshes.batch_ways(self.mesh))
+        for start in range(0, len(numbers), size):
+            chosen = numbers[start : start + size]
+            batch = fisher.fill(tiny_llava.batch([rows[i] for i in np.resize(chosen, whole)]), len(chosen))
+            batch = meshes.put_batch(batch, self.mesh)
+            total = self.fisher_step(names, kind)(total, params, memory, self.llava, batch, np.int32(state.stage))
+        return jax.tree.map(lambda leaf: leaf / (batches if kind == "batch" else len(numbers)), total)
 
     def batches(self, index: int, replay: Replay | None, salt: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Endless batches of a stage, replayed rows among them."""

@@ -15,8 +15,9 @@ from proglora_jax.checkpoints.stage import save_checkpoint
 from proglora_jax.continual import results, similarity
 from proglora_jax.continual.answering import evaluate_task
 from proglora_jax.continual.phases import run_phases
+from proglora_jax.continual.probes import open_probe
 from proglora_jax.continual.session import Session
-from proglora_jax.continual.stage_data import chosen_batches, own_rows
+from proglora_jax.continual.stage_data import own_rows
 from proglora_jax.continual.stages import FINAL, PROGRESS, Finished, Stage, load_stage, plan_stages
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
@@ -78,7 +79,7 @@ def _train_stage(
     info = TaskInfo(stage.index, stage.name, total, len(own) if own else 0, alike, seed)
 
     # ---- the method's state for this task, and what trains
-    probe = _probe(session, own) if own else None
+    probe = open_probe(session, own) if own else None
     state = method.start_task(state, info, probe)
     mask = check_contract(method, before.state if before else None, state, info)
     counts = _announce(session, stage, stages, state, mask, alike)
@@ -105,22 +106,6 @@ def _embedding(session: Session, stage: Stage, own: EncodedRows | None) -> dict[
     if own is None or stage.fresh or len(stage.train) != 1:
         return {}
     return similarity.task_embedding(session, stage.name, own, session.settings.evaluate.batch_size)
-
-
-def _probe(session: Session, rows: EncodedRows):
-    """What methods ask of training samples: (state, row numbers) -> {name: f32[n, ...]}."""
-
-    def probe(state: CLState, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        params, memory = meshes.put_replicated((state.params, state.memory), session.mesh)
-        parts: dict[str, np.ndarray] = {}
-        for positions, batch in chosen_batches(session, rows, numbers, session.settings.evaluate.batch_size):
-            out = session.probe_step(params, memory, session.llava, meshes.put_batch(batch, session.mesh), state.stage)
-            for name, value in out.items():
-                host = np.asarray(value)[: len(positions)]
-                parts.setdefault(name, np.zeros((len(numbers), *host.shape[1:]), host.dtype))[positions] = host
-        return parts
-
-    return probe
 
 
 def _announce(session: Session, stage: Stage, stages: tuple[Stage, ...], state: CLState, mask, alike: np.ndarray) -> dict[str, int]:

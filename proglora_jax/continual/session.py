@@ -28,7 +28,7 @@ from proglora_jax.evaluation.evaluator import references
 from proglora_jax.methods.base import Method, Phase
 from proglora_jax.models.layers import Settings as ModelOptions
 from proglora_jax.models.presets import PRESETS, LlavaConfig
-from proglora_jax.training import step
+from proglora_jax.training import fisher, step
 from proglora_jax.training.log import RunLogger
 from proglora_jax.training.loop import StopSignal
 from proglora_jax.training.settings import Settings
@@ -99,6 +99,11 @@ class Session:
     def probe_step(self) -> Callable:
         """The probe of training samples."""
         return step.make_probe(self.method, self.mesh)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def squared_gradients(self, names: tuple[str, ...], kind: str) -> Callable:
+        """The sum of squared gradients."""
+        return fisher.make_squared_gradients(self.method, self.mesh, names, kind, self.settings.model.remat)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def generator(self, max_new_tokens: int) -> Callable:

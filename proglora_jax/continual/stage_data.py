@@ -20,6 +20,7 @@ from proglora_jax.data.rows import EncodedRows, encode_rows
 from proglora_jax.data.schema import TrainRow
 from proglora_jax.data.tasks import select_subset
 from proglora_jax.methods.base import Phase, Replay
+from proglora_jax.training import fisher
 from proglora_jax.training.settings import batch_size_of
 
 
@@ -103,12 +104,42 @@ def chosen_batches(session: Session, rows: EncodedRows, numbers: np.ndarray, bat
     buckets = check_buckets(session.settings.data.buckets)
     place = row_buckets(rows.lengths[numbers], rows.labels[numbers], buckets)
     order = np.argsort(place, kind="stable")
-    side, share = session.images.size, batch_size // jax.process_count()
     for start in range(0, len(order), batch_size):
         positions = order[start : start + batch_size]
-        filled = np.resize(positions, batch_size)[jax.process_index() * share : (jax.process_index() + 1) * share]
-        members = [load_row(rows, session.train_loader, int(number)) for number in numbers[filled]]
-        yield positions, collate(members, buckets[place[positions].max()], session.encoder.tokenizer.pad_id, (side, side))
+        filled = _share(np.resize(positions, batch_size))
+        yield positions, _load(session, rows, numbers[filled], buckets[place[positions].max()])
+
+
+def numbered_batches(session: Session, rows: EncodedRows, numbers: np.ndarray, size: int) -> Iterator[Batch]:
+    """Batches of consecutive numbers, which is what a mean over a batch depends on.
+
+    Args:
+        session: the session.
+        rows: where the numbers point.
+        numbers: i64[n] row numbers.
+        size: rows per batch; the last one may have fewer. Rows without labels fill a batch up to a multiple of the devices.
+
+    Yields:
+        This process's share of each batch.
+    """
+    buckets = check_buckets(session.settings.data.buckets)
+    place = row_buckets(rows.lengths[numbers], rows.labels[numbers], buckets)
+    whole = fisher.filled_size(size, batch_ways(session.mesh))
+    for start in range(0, len(numbers), size):
+        chosen = np.arange(start, min(start + size, len(numbers)))
+        batch = _load(session, rows, numbers[_share(np.resize(chosen, whole))], buckets[place[chosen].max()])
+        yield fisher.fill(batch, int((_share(np.arange(whole)) < len(chosen)).sum()))
+
+
+def _share(numbers: np.ndarray) -> np.ndarray:
+    """This process's part of a batch's rows."""
+    share = len(numbers) // jax.process_count()
+    return numbers[jax.process_index() * share : (jax.process_index() + 1) * share]
+
+
+def _load(session: Session, rows: EncodedRows, numbers: np.ndarray, bucket: tuple[int, int]) -> Batch:
+    members = [load_row(rows, session.train_loader, int(number)) for number in numbers]
+    return collate(members, bucket, session.encoder.tokenizer.pad_id, (session.images.size, session.images.size))
 
 
 def _plan(

@@ -63,8 +63,9 @@ class CLState:
 
     Attributes:
         params: nested dict of arrays; a mask (`Method.trainable_mask`) says which leaves train in a phase.
-        memory: nested dict of read-only arrays (recall features and targets, Fisher, anchors, teacher).
-        carry: nested dict of small running statistics.
+        memory: nested dict of arrays that the training step reads (recall features and targets, Fisher, anchors, teacher). Its paths,
+            shapes and dtypes are those of the first stage throughout: the step is compiled once for the whole sequence.
+        carry: nested dict of what the training step does not see (running statistics, old projectors); it may grow.
         stage: int32 scalar, index of the current task counted from 0 (an array, so that one program serves all stages).
     """
 

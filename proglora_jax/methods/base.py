@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,116 +15,13 @@ from proglora_jax.adapters import lowrank
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data.errors import UserError
+from proglora_jax.methods.views import GateInputs, Passes, Phase, Probe, Replay, TaskInfo
 
 ADAPTER, GATE, PROJECTOR = "adapter", "gate", "mm_projector"
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class GateInputs:
-    """What gates and extra losses may look at in a batch.
-
-    Attributes:
-        embeddings: [B, T, D] input embeddings, image features in place.
-        segments: i8[B, T] segment codes of data/batch.py.
-        task_id: i32[B]; only methods that declare `uses_task_id` may read it.
-        stage: i32[] index of the current task.
-        progress: f32[] share of the phase's steps done, 1 outside training.
-        training: whether this is a training step (static).
-        routed: [B, T, D] hidden states that route where `routing_layer` > 0, else None.
-        contexts: what the layers decided for themselves, stacked [L, ...], where the method `gates_in_layers` or `observes`; for
-            `probe` only.
-        image: f32[B, Dv] class token of the vision tower, where the method `wants_image`, else None.
-        image_mask: bool[B] rows with an image.
-        draw: PRNG key of the step, the same for all its micro-batches; None outside training.
-        running: the statistics that the steps of a phase update (`CLState.carry["running"]`); {} outside training.
-        phase: kind of the training phase (static).
-    """
-
-    embeddings: jax.Array
-    segments: jax.Array
-    task_id: jax.Array
-    stage: jax.Array
-    progress: jax.Array
-    training: bool = dataclasses.field(metadata=dict(static=True))
-    routed: jax.Array | None = None
-    contexts: PyTree = None
-    image: jax.Array | None = None
-    image_mask: jax.Array | None = None
-    draw: jax.Array | None = None
-    running: PyTree = dataclasses.field(default_factory=dict)
-    phase: str = dataclasses.field(default="train", metadata=dict(static=True))
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskInfo:
-    """The current task as a method sees it (host side).
-
-    Attributes:
-        index: place in the sequence, from 0.
-        name: the task's name.
-        total: number of tasks in the sequence.
-        size: number of training examples.
-        similarity: f32[index] similarity to each earlier task in [0, 1] (empty for the first).
-        seed: the run's seed.
-    """
-
-    index: int
-    name: str
-    total: int
-    size: int
-    similarity: np.ndarray
-    seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """One training phase of a stage; a field that is 0 or "" follows config.train.
-
-    Attributes:
-        name: of the phase, unlike the others of its stage; names its progress on disk.
-        kind: which program it runs; phases of one kind share a compile over the whole sequence.
-        cross_entropy: whether the answers' cross-entropy is part of the loss; without it `extra_loss` is all.
-        features: name of what `Method.probe` returns; the phase then trains on these values of the rows by `feature_loss`, and the
-            language model is not run again.
-        rows: most rows of the task that a phase on features uses, chosen by seed.
-        epochs: passes over the rows.
-        batch_size: rows of a step.
-        learning_rate: of the adapter's group.
-    """
-
-    name: str = "train"
-    kind: str = "train"
-    cross_entropy: bool = True
-    features: str = ""
-    rows: int = 0
-    epochs: int = 0
-    batch_size: int = 0
-    learning_rate: float = 0.0
-
-    def program(self) -> Phase:
-        """What of a phase its compiled step depends on."""
-        return Phase(kind=self.kind, cross_entropy=self.cross_entropy, features=self.features)
-
-
-@dataclasses.dataclass(frozen=True)
-class Replay:
-    """Which old examples are mixed into a stage's data.
-
-    Attributes:
-        counts: examples of each earlier task.
-        weight: loss weight of a replayed example.
-        mix: "concat" (shuffled into the data) or "separate_batch" (own rows in each batch, own mean, added to the loss).
-        share: share of a batch's rows that "separate_batch" gives to replay.
-    """
-
-    counts: tuple[int, ...]
-    weight: float
-    mix: str
-    share: float = 0.25
-
-
-Probe = Callable[[CLState, np.ndarray], dict[str, np.ndarray]]
+__all__ = [
+    "ADAPTER", "GATE", "PROJECTOR", "Adapter", "GateInputs", "Method", "Passes", "Phase", "Probe", "Replay", "TaskInfo",
+    "check_contract", "pooled_delta", "require", "require_choice",
+]
 
 
 def pooled_delta(name, leaves, context, gates, x, *, scale: float, mix: str, rate: float):
@@ -273,9 +170,14 @@ class Method:
         """How blocks are fused, see `lowrank.mix_ranks`."""
         return "delta"
 
-    def extra_loss(self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """A loss added to the cross-entropy of each micro-batch, and what to log of it."""
-        del params, memory, inputs, key
+    def extra_loss(
+        self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array, passes: Passes | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """A loss added to the cross-entropy of each micro-batch, and what to log of it.
+
+        The training step always gives `passes`: what this batch's forward pass gave, and a way to run it again with other parameters.
+        """
+        del params, memory, inputs, key, passes
         return jnp.float32(0), {}
 
     def probe(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> dict[str, jax.Array]:
