@@ -13,6 +13,10 @@ METHODS = {
     "multi_task": _LARGE_BLOCK,
     "lora": _LARGE_BLOCK,
     "moelora": _LARGE_BLOCK | {"a_init": "normal001", "experts": 8, "router_input": "token"},
+    "branchlora": _LARGE_BLOCK | {
+        "a_init": "normal001", "experts": 8, "topk": 2, "renorm": "topk_softmax", "router_input": "token", "freeze_a_after": 0,
+        "align_weight": 1.0, "text_tokens": "instruction", "mass_samples": 1024,
+    },
     "proglora_static": _SMALL_BLOCK | _POOL | _RECALL | {"weights": "similarity", "replay_block": "current", "replay_mix": "concat"},
     "proglora_dynamic": _SMALL_BLOCK | _POOL | _RECALL | {
         "routing_tokens": "instruction", "routing_layer": 0, "routing_scope": "global", "routing_decode": "prefill_cached",

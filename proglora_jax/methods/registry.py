@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from proglora_jax.data.errors import UserError
 from proglora_jax.methods.base import Method
+from proglora_jax.methods.branchlora import BranchLoRA
 from proglora_jax.methods.lora import LoRA, MultiTask, ZeroShot
 from proglora_jax.methods.moelora import MoELoRA
 from proglora_jax.methods.proglora import ProgLoRADynamic
 from proglora_jax.methods.proglora_static import ProgLoRAStatic
 
-_ROWS: tuple[type[Method], ...] = (ZeroShot, MultiTask, LoRA, ProgLoRADynamic, ProgLoRAStatic, MoELoRA)
+_ROWS: tuple[type[Method], ...] = (ZeroShot, MultiTask, LoRA, ProgLoRADynamic, ProgLoRAStatic, MoELoRA, BranchLoRA)
 
 
 def _table(rows: tuple[type[Method], ...]) -> dict[str, type[Method]]:

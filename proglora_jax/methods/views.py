@@ -33,6 +33,7 @@ class GateInputs:
         draw: PRNG key of the step, the same for all its micro-batches; None outside training.
         running: the statistics that the steps of a phase update (`CLState.carry["running"]`); {} outside training.
         phase: kind of the training phase (static).
+        probing: whether a hook asks about samples of the current task by `Probe` (static).
     """
 
     embeddings: jax.Array
@@ -48,6 +49,7 @@ class GateInputs:
     draw: jax.Array | None = None
     running: PyTree = dataclasses.field(default_factory=dict)
     phase: str = dataclasses.field(default="train", metadata=dict(static=True))
+    probing: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 @dataclasses.dataclass(frozen=True)

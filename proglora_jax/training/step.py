@@ -214,7 +214,7 @@ def make_probe(method: Method, mesh: Mesh) -> Callable:
     """(params, memory, llava, batch, stage) -> what `Method.probe` returns for the rows of a batch, on every device."""
 
     def probe(params, memory, llava, batch, stage):
-        sight = look(llava, method, params, memory, batch, stage)
+        sight = look(llava, method, params, memory, batch, stage, probing=True)
         inputs = sight.inputs
         if method.gates_in_layers or method.observes:
             x, adapter = inputs.embeddings, method.adapter(params, sight.gates, None)
