@@ -17,6 +17,11 @@ METHODS = {
         "a_init": "normal001", "experts": 8, "topk": 2, "renorm": "topk_softmax", "router_input": "token", "freeze_a_after": 0,
         "align_weight": 1.0, "text_tokens": "instruction", "mass_samples": 1024,
     },
+    "sema": _SMALL_BLOCK | _POOL | {
+        "most_turns": 8, "layer_share": 0.25, "threshold": 1.0, "expansion": "parallel", "detect_samples": 2048, "detect_batch": 128,
+        "descriptor_width": 128, "descriptor_rows": 5000, "descriptor_epochs": 20, "descriptor_batch_size": 128,
+        "descriptor_learning_rate": 1e-3,
+    },
     "proglora_static": _SMALL_BLOCK | _POOL | _RECALL | {"weights": "similarity", "replay_block": "current", "replay_mix": "concat"},
     "proglora_dynamic": _SMALL_BLOCK | _POOL | _RECALL | {
         "routing_tokens": "instruction", "routing_layer": 0, "routing_scope": "global", "routing_decode": "prefill_cached",

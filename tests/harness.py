@@ -22,7 +22,7 @@ from proglora_jax.training import step as steps_of
 from proglora_jax.training.settings import TrainSettings
 
 # A small and quick version of any method: those of these fields that it has.
-SMALL = dict(rank=4, alpha=8.0, proj_width=8, recall_per_task=6, experts=4)
+SMALL = dict(rank=4, alpha=8.0, proj_width=8, recall_per_task=6, experts=4, threshold=0.0, descriptor_width=4)
 TRAIN = TrainSettings(
     learning_rate=1e-2, projector_learning_rate=1e-3, schedule="constant", warmup_fraction=0.0, loss_norm="global_token_mean"
 )
@@ -161,14 +161,20 @@ class Harness:
         started = self.method.start_task(state, self.info(index), self.probe)
         return started, check_contract(self.method, state if index else None, started, self.info(index))
 
-    def fit(self, state: CLState, mask: dict[str, bool], index: int, steps: int) -> tuple[CLState, list[float]]:
-        """Trains the phases of a stage, the first with `mask`; returns the losses of all steps."""
+    def fit(self, state: CLState, mask: dict[str, bool], index: int, steps: int, record: list | None = None):
+        """Trains the phases of a stage, the first with `mask`; returns the state and the losses of all steps.
+
+        `record` takes (phase, state before it, its mask, state after its steps, losses) of each.
+        """
         seen, info = [], self.info(index)
         for salt, phase in enumerate(self.method.phases(info)):
             if not self.method.skips(state, info, phase):
                 mask = self.method.phase_mask(state, info, phase) if salt else mask
+                before = jax.tree.map(np.array, state)
                 state, losses = self.fit_phase(state, mask, index, steps, phase, salt)
                 seen += losses
+                if record is not None:
+                    record.append((phase, before, mask, jax.tree.map(np.array, state), losses))
             state = self.method.after_phase(state, info, phase, self.probe)
         return state, seen
 

@@ -118,7 +118,7 @@ class Method:
         return state
 
     def update_factors(self, memory: PyTree) -> dict[str, jax.Array]:
-        """{path: factors that broadcast against the leaf} on the updates of what trains; an entry with factor 0 rests bit by bit."""
+        """{path or prefix of paths: f32 factors along the leaf's first axes} on the updates; an entry with factor 0 rests bit by bit."""
         del memory
         return {}
 

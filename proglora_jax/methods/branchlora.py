@@ -161,7 +161,7 @@ class BranchLoRA(Method):
 
     def update_factors(self, memory: PyTree) -> dict[str, jax.Array]:
         """Frozen branches rest, each linear's own."""
-        return {f"branches/{name}": 1.0 - frozen[:, :, None, None] for name, frozen in memory["frozen"].items()}
+        return {f"branches/{name}": 1.0 - frozen for name, frozen in memory["frozen"].items()}
 
     def group(self, path: str) -> str:
         """The keys are the group "gate"."""
@@ -224,7 +224,8 @@ class BranchLoRA(Method):
         rows = replay.replay_indices(info.size, min(self.mass_samples or info.size, info.size), info.seed, info.name)
         used = jnp.asarray(probe(state, rows)["mass"]).mean(axis=0)  # [L, J, E]
         most = jax.nn.one_hot(jax.lax.top_k(used, self.topk)[1], self.experts, dtype=jnp.float32).sum(axis=-2)
-        frozen = {name: jnp.maximum(state.memory["frozen"][name], most[:, place]) for place, name in enumerate(sorted(state.memory["frozen"]))}
+        before = state.memory["frozen"]
+        frozen = {name: jnp.maximum(before[name], most[:, place]) for place, name in enumerate(sorted(before))}
         return dataclasses.replace(state, memory={"frozen": frozen})
 
     def shown_gates(self, gates: PyTree, contexts: PyTree) -> jax.Array:

@@ -9,8 +9,9 @@ from proglora_jax.methods.lora import LoRA, MultiTask, ZeroShot
 from proglora_jax.methods.moelora import MoELoRA
 from proglora_jax.methods.proglora import ProgLoRADynamic
 from proglora_jax.methods.proglora_static import ProgLoRAStatic
+from proglora_jax.methods.sema import SEMA
 
-_ROWS: tuple[type[Method], ...] = (ZeroShot, MultiTask, LoRA, ProgLoRADynamic, ProgLoRAStatic, MoELoRA, BranchLoRA)
+_ROWS: tuple[type[Method], ...] = (ZeroShot, MultiTask, LoRA, ProgLoRADynamic, ProgLoRAStatic, MoELoRA, BranchLoRA, SEMA)
 
 
 def _table(rows: tuple[type[Method], ...]) -> dict[str, type[Method]]:

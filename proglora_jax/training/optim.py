@@ -57,8 +57,10 @@ def apply_rates(updates: PyTree, method: Method, rates: dict[str, jax.Array], me
     factors = method.update_factors(memory)
     scaled = {path: -rates[method.group(path)] * update for path, update in trees.flatten(updates).items()}
     # Chosen, not multiplied: an entry that rests must stay as it is even where its update is not finite.
-    for path in factors.keys() & scaled.keys():
-        scaled[path] = jnp.where(factors[path] != 0, factors[path] * scaled[path], 0.0)
+    for prefix, factor in factors.items():
+        for path in [path for path in scaled if path == prefix or path.startswith(prefix + "/")]:
+            own = factor.reshape(factor.shape + (1,) * (scaled[path].ndim - factor.ndim))
+            scaled[path] = jnp.where(own != 0, own * scaled[path], 0.0)
     return trees.unflatten(scaled)
 
 
