@@ -17,6 +17,10 @@ import common  # noqa: E402
 # the newest block's gate stayed near 0.1 in first trials (one seed; benchmarks/coin_mini.py --set gates is the study).
 SMALL = {
     "proglora_dynamic": {"proj_width": 64, "match_weight": 1.0, "gate_lr_multiplier": 3.0},
+    # A quarter of the paper's ranks, as everywhere here (16 for 64), and the same share of the first phase's learning rate.
+    "pclr": {"top_ranks": 16, "narrow_ranks": 8, "capacity": 64, "shared_ranks": 8, "integrate_learning_rate": 7.5e-4},
+    # Features of width 96 need no descriptor of width 128, which could copy them.
+    "sema": {"descriptor_width": 16, "descriptor_rows": 1600},
 }
 
 

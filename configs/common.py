@@ -22,6 +22,12 @@ METHODS = {
         "descriptor_width": 128, "descriptor_rows": 5000, "descriptor_epochs": 20, "descriptor_batch_size": 128,
         "descriptor_learning_rate": 1e-3,
     },
+    "pclr": {
+        "rank": 64, "alpha": 128.0, "dropout": 0.0, "a_init": "fan_in", "train_mm_projector": False, "top_ranks": 64, "narrow_ranks": 32,
+        "narrow_from": 7, "capacity": 256, "shared_ranks": 32, "near_from": 5, "align_weight": 0.2, "image_weight": 0.0,
+        "query_samples": 2048, "integrate": True, "progressive": True, "integrate_learning_rate": 5e-5, "integrate_batch_size": 0,
+        "integrate_epochs": 1, "top_words": 100, "distill_temperature": 2.0,
+    },
     "proglora_static": _SMALL_BLOCK | _POOL | _RECALL | {"weights": "similarity", "replay_block": "current", "replay_mix": "concat"},
     "proglora_dynamic": _SMALL_BLOCK | _POOL | _RECALL | {
         "routing_tokens": "instruction", "routing_layer": 0, "routing_scope": "global", "routing_decode": "prefill_cached",

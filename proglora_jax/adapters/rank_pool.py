@@ -1,4 +1,4 @@
-"""A pool of single ranks: how many a sequence of tasks adds and drops, and the arrays' moves; {linear: {"a": [..., d_in, R], "b": [..., R, d_out]}}."""
+"""A pool of single ranks {linear: {"a": [..., d_in, R], "b": [..., R, d_out]}}: what tasks add and drop, and how the arrays move."""
 
 from __future__ import annotations
 
@@ -92,8 +92,9 @@ def _front(leaf: jax.Array, places: np.ndarray, axis: int) -> jax.Array:
 
 def gather(pool: PyTree, places: jax.Array) -> PyTree:
     """Ranks of stacked layers by each layer's own places: i32[L, n]; without layers i32[n]."""
-    take = lambda leaf, axis: jnp.take_along_axis(jnp.asarray(leaf), places[..., None, :] if axis == -1 else places[..., :, None], axis=axis)
-    return {name: {"a": take(leaf["a"], -1), "b": take(leaf["b"], -2)} for name, leaf in pool.items()}
+    take = lambda leaf, where, axis: jnp.take_along_axis(jnp.asarray(leaf), where, axis=axis)
+    across, down = places[..., None, :], places[..., :, None]
+    return {name: {"a": take(leaf["a"], across, -1), "b": take(leaf["b"], down, -2)} for name, leaf in pool.items()}
 
 
 def join(*parts: PyTree) -> PyTree:

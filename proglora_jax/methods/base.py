@@ -43,7 +43,7 @@ class Method:
         rank: ranks of one block, r.
         alpha: the delta is scaled by alpha / rank.
         dropout: rate on the adapter's input while training.
-        a_init: "normal001" or "kaiming", see `lowrank.init_block`.
+        a_init: "normal001", "kaiming" or "fan_in", see `lowrank.draw_factor`.
         train_mm_projector: whether the mm_projector trains and is carried from stage to stage.
     """
 
@@ -68,7 +68,7 @@ class Method:
         require(self.rank >= 1, "rank", self.rank, "rank must be >= 1 (ProgLoRA uses 16)")
         require(self.alpha > 0, "alpha", self.alpha, "alpha must be positive (2 * rank in the papers)")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "dropout must be in [0, 1)")
-        require_choice("a_init", self.a_init, ("normal001", "kaiming"))
+        require_choice("a_init", self.a_init, lowrank.INITS)
 
     @property
     def scale(self) -> float:

@@ -22,7 +22,7 @@ NEWEST_FIRST = 10.0  # more than any score
 
 @dataclasses.dataclass(frozen=True)
 class PCLR(Method):
-    """y = W x + (alpha / top) sum over the chosen ranks of (x A_j) B_j + (alpha / shared) (x A_s) B_s in the seven linears and the projector.
+    """y = W x + (alpha / top) sum over the chosen j of (x A_j) B_j + (alpha / shared) (x A_s) B_s in seven linears and the projector.
 
     The ranks of a layer (and of the mm_projector, whose own weights are frozen) have keys for text and image; the `top_ranks` whose keys
     score highest against a sample's query have gate 1, all others 0. The query is the unit mean of the word embeddings of BOS and
@@ -126,11 +126,13 @@ class PCLR(Method):
         size = max(turn.merged for turn in self.turns(total))
         params = {PROJECTOR: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), projector)}
         own = Targets(1, {name: tuple(leaf["kernel"].shape) for name, leaf in projector.items()}, targets.width)
-        one = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree)
-        draw = lambda name, where, count: lowrank.init_block(trees.named_generator(seed, name, 0), where, count, self.a_init)
-        params |= {"block": draw("block", targets, self.rank), "pool": lowrank.empty_pool(targets, size, 1)}
-        params |= {"projector_block": one(draw("projector_block", own, self.rank)), "projector_pool": one(lowrank.empty_pool(own, size, 1))}
-        params |= {"shared": draw("shared", targets, self.shared_ranks), "projector_shared": one(draw("projector_shared", own, self.shared_ranks))}
+        for prefix, where in (("", targets), ("projector_", own)):
+            draw = lambda name, count: lowrank.init_block(trees.named_generator(seed, name, 0), where, count, self.a_init)  # noqa: B023
+            ranks = {"block": draw(f"{prefix}block", self.rank), "shared": draw(f"{prefix}shared", self.shared_ranks),
+                     "pool": lowrank.empty_pool(where, size, 1)}
+            # The projector has no axis of layers.
+            ranks = jax.tree.map(lambda leaf: leaf[0], ranks) if prefix else ranks
+            params |= {prefix + name: leaf for name, leaf in ranks.items()}
         widths = {"text": targets.width, "image": projector["linear_1"]["kernel"].shape[0]}
         room = lambda count: {kind: jnp.zeros((targets.layers + 1, count, width), jnp.float32) for kind, width in widths.items()}
         params |= {"keys": room(size), "new_keys": room(self.rank)}
@@ -158,15 +160,8 @@ class PCLR(Method):
             fresh |= {"projector_block": rank_pool.gather(params["projector_pool"], places[-1])}
         elif info.index:
             for name in ("block", "projector_block"):
-                fresh[name] = self._random(params[name], info.seed, name, info.index)
+                fresh[name] = lowrank.init_like(trees.named_generator(info.seed, name, info.index), params[name], self.a_init)
         return dataclasses.replace(state, params=params | fresh)
-
-    def _random(self, ranks: PyTree, seed: int, name: str, task: int) -> PyTree:
-        lead = 0 if name.startswith("projector") else 1
-        linears = {linear: (leaf["a"].shape[lead], leaf["b"].shape[-1]) for linear, leaf in ranks.items()}
-        layers = next(iter(ranks.values()))["a"].shape[0] if lead else 1
-        fresh = lowrank.init_block(trees.named_generator(seed, name, task), Targets(layers, linears, 0), self.rank, self.a_init)
-        return fresh if lead else jax.tree.map(lambda leaf: leaf[0], fresh)
 
     def phases(self, info: TaskInfo) -> tuple[Phase, ...]:
         """Learning, and integration where the pool is compressed."""
@@ -311,7 +306,8 @@ class PCLR(Method):
             loss = self._distillation(params, memory, inputs, passes)
             return loss, {"distillation": loss}
         count, query = self.narrow_ranks if inputs.phase == "learn_narrow" else self.rank, self.queries(inputs)
-        apart = lambda kind: (1.0 - jnp.einsum("bd,lrd->blr", query[kind], keys.unit(params["new_keys"][kind][:, :count]))).mean(axis=(1, 2))
+        near = lambda kind: jnp.einsum("bd,lrd->blr", query[kind], keys.unit(params["new_keys"][kind][:, :count]))
+        apart = lambda kind: 1.0 - near(kind).mean(axis=(1, 2))
         align = (apart("text") + apart("image") * inputs.image_mask).mean()
         return self.align_weight * align, {"align": align}
 

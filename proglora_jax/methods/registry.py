@@ -7,11 +7,12 @@ from proglora_jax.methods.base import Method
 from proglora_jax.methods.branchlora import BranchLoRA
 from proglora_jax.methods.lora import LoRA, MultiTask, ZeroShot
 from proglora_jax.methods.moelora import MoELoRA
+from proglora_jax.methods.pclr import PCLR
 from proglora_jax.methods.proglora import ProgLoRADynamic
 from proglora_jax.methods.proglora_static import ProgLoRAStatic
 from proglora_jax.methods.sema import SEMA
 
-_ROWS: tuple[type[Method], ...] = (ZeroShot, MultiTask, LoRA, ProgLoRADynamic, ProgLoRAStatic, MoELoRA, BranchLoRA, SEMA)
+_ROWS: tuple[type[Method], ...] = (ZeroShot, MultiTask, LoRA, ProgLoRADynamic, ProgLoRAStatic, MoELoRA, BranchLoRA, SEMA, PCLR)
 
 
 def _table(rows: tuple[type[Method], ...]) -> dict[str, type[Method]]:
