@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from proglora_jax.data.errors import UserError
 from proglora_jax.methods.base import Method
+from proglora_jax.methods.ewc import EWC
 from proglora_jax.methods.lora import LoRA, MultiTask, ZeroShot
+from proglora_jax.methods.lwf import LwF
+from proglora_jax.methods.mocl import MoCL
+from proglora_jax.methods.olora import OLoRA
 from proglora_jax.methods.proglora import ProgLoRADynamic
+from proglora_jax.methods.proglora_light import ProgLoRALight
 from proglora_jax.methods.proglora_static import ProgLoRAStatic
 
-_ROWS: tuple[type[Method], ...] = (ZeroShot, MultiTask, LoRA, ProgLoRADynamic, ProgLoRAStatic)
+_ROWS: tuple[type[Method], ...] = (
+    ZeroShot,
+    MultiTask,
+    LoRA,
+    LwF,
+    EWC,
+    OLoRA,
+    MoCL,
+    ProgLoRAStatic,
+    ProgLoRADynamic,
+    ProgLoRALight,
+)
 
 
 def _table(rows: tuple[type[Method], ...]) -> dict[str, type[Method]]:
