@@ -7,6 +7,14 @@ _LARGE_BLOCK = {"rank": 128, "alpha": 256.0, "dropout": 0.05, "a_init": "kaiming
 _POOL = {"fuse": "delta", "pool_chunk": 0}
 _RECALL = {"recall_enabled": True, "recall_weight": 2.0, "recall_per_task": 200, "recall_count": "similarity"}
 
+_DYNAMIC = _SMALL_BLOCK | _POOL | _RECALL | {
+    "routing_tokens": "instruction", "routing_layer": 0, "routing_scope": "global", "routing_decode": "prefill_cached",
+    "split_max_quirk": False, "temperature": "sqrt_d", "proj_variant": "paper", "proj_width": 256,
+    "key_init": "fresh_xavier", "key_scale": 1.0,
+    "train_old_keys": False, "gate_bonus": 0.0, "gate_bonus_fraction": 0.5, "match_weight": 0.0, "gate_lr_multiplier": 1.0,
+    "recall_kl": "target_pred", "recall_reduction": "mean", "recall_batch": 0, "recall_targets": "stored",
+}
+
 # Hyper-parameters by method, for the 7B model.
 METHODS = {
     "zero_shot": _SMALL_BLOCK,
@@ -29,12 +37,20 @@ METHODS = {
         "integrate_epochs": 1, "top_words": 100, "distill_temperature": 2.0,
     },
     "proglora_static": _SMALL_BLOCK | _POOL | _RECALL | {"weights": "similarity", "replay_block": "current", "replay_mix": "concat"},
-    "proglora_dynamic": _SMALL_BLOCK | _POOL | _RECALL | {
-        "routing_tokens": "instruction", "routing_layer": 0, "routing_scope": "global", "routing_decode": "prefill_cached",
-        "split_max_quirk": False, "temperature": "sqrt_d", "proj_variant": "paper", "proj_width": 256,
-        "key_init": "fresh_xavier", "key_scale": 1.0,
-        "train_old_keys": False, "gate_bonus": 0.0, "gate_bonus_fraction": 0.5, "match_weight": 0.0, "gate_lr_multiplier": 1.0,
-        "recall_kl": "target_pred", "recall_reduction": "mean", "recall_batch": 0, "recall_targets": "stored",
+    "proglora_dynamic": _DYNAMIC,
+    "proglora_light": _DYNAMIC | {
+        "recall_count": "fixed", "shared_layers": 3, "bottom": "shared_trained", "tie_bottom_layers": False,
+    },
+    "lwf": _LARGE_BLOCK | {"distill_weight": 1.0, "temperature": 2.0, "mode": "logits"},
+    "ewc": _LARGE_BLOCK | {
+        "penalty_weight": 5000.0, "accumulate": "separate", "gamma": 1.0, "fisher": "batch", "fisher_batches": 50,
+        "fisher_batch_size": 12, "scope": "lora_and_projector",
+    },
+    "olora": _SMALL_BLOCK | _POOL | {
+        "a_init": "kaiming", "orthogonal_weight": 0.5, "norm_weight": 0.0, "reduction": "sum", "train_forward": "sum",
+    },
+    "mocl": _SMALL_BLOCK | _POOL | {
+        "a_init": "kaiming", "weights": "softmax8", "batch_mean": False, "use_scale": True, "match_weight": 1.0, "train_old_keys": False,
     },
 }
 

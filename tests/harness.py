@@ -21,9 +21,12 @@ from proglora_jax.training import fisher, losses, loop, optim
 from proglora_jax.training import step as steps_of
 from proglora_jax.training.settings import TrainSettings
 
-# A small and quick version of any method: those of these fields that it has.
-SMALL = dict(rank=4, alpha=8.0, proj_width=8, recall_per_task=6, experts=4, threshold=0.0, descriptor_width=4,
-             top_ranks=4, capacity=8, narrow_ranks=2, narrow_from=3, near_from=3, shared_ranks=2)
+# A small and quick version of any method: those of these fields that it has. LwF's teacher, who knows none of the new task's words,
+# would hold the student back for longer than the few steps that there are.
+SMALL = dict(
+    rank=4, alpha=8.0, proj_width=8, recall_per_task=6, shared_layers=1, fisher_batches=4, distill_weight=0.1, experts=4,
+    threshold=0.0, descriptor_width=4, top_ranks=4, capacity=8, narrow_ranks=2, narrow_from=3, near_from=3, shared_ranks=2,
+)
 TRAIN = TrainSettings(
     learning_rate=1e-2, projector_learning_rate=1e-3, schedule="constant", warmup_fraction=0.0, loss_norm="global_token_mean"
 )

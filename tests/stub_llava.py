@@ -29,7 +29,8 @@ class Stub:
     dtype: str = dataclasses.field(metadata=dict(static=True))
 
     def targets(self) -> Targets:
-        return Targets(LAYERS, {"q_proj": (WIDTH, WIDTH), "up_proj": (WIDTH, INNER)}, WIDTH, VISION)
+        linears = {name: self.layers[name].shape[1:] for name in ("q_proj", "up_proj")}
+        return Targets(self.layers["down"].shape[0], linears, self.table.shape[1], self.patches.shape[1])
 
     def projector_params(self):
         return self.projector
@@ -89,14 +90,14 @@ class Stub:
 
 
 @functools.cache
-def stub(dtype: str = "float32") -> Stub:
+def stub(dtype: str = "float32", layers: int = LAYERS, width: int = WIDTH, inner: int = INNER) -> Stub:
     """The stand-in with random numbers."""
     rng = np.random.default_rng(9)
     draw = lambda *shape: (rng.standard_normal(shape) * shape[-2] ** -0.5).astype(np.float32)
-    layers = {"q_proj": draw(LAYERS, WIDTH, WIDTH), "up_proj": draw(LAYERS, WIDTH, INNER), "down": draw(LAYERS, INNER, WIDTH)}
+    stacked = {"q_proj": draw(layers, width, width), "up_proj": draw(layers, width, inner), "down": draw(layers, inner, width)}
     projector = {
-        "linear_1": {"kernel": draw(VISION, WIDTH), "bias": np.zeros(WIDTH, np.float32)},
-        "linear_2": {"kernel": draw(WIDTH, WIDTH), "bias": np.zeros(WIDTH, np.float32)},
+        "linear_1": {"kernel": draw(VISION, width), "bias": np.zeros(width, np.float32)},
+        "linear_2": {"kernel": draw(width, width), "bias": np.zeros(width, np.float32)},
     }
-    table = 0.5 * rng.standard_normal((tiny_llava.VOCAB, WIDTH)).astype(np.float32)
-    return Stub(table, layers, draw(48, VISION), projector, dtype)
+    table = 0.5 * rng.standard_normal((tiny_llava.VOCAB, width)).astype(np.float32)
+    return Stub(table, stacked, draw(48, VISION), projector, dtype)

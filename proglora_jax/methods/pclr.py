@@ -14,6 +14,7 @@ from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
 from proglora_jax.data import replay
+from proglora_jax.data.errors import UserError
 from proglora_jax.methods.base import PROJECTOR, GateInputs, Method, Passes, Phase, Probe, TaskInfo, pooled_delta, require
 
 POOL = ("pool", "shared", "projector_pool", "projector_shared")
@@ -117,7 +118,10 @@ class PCLR(Method):
 
     def turns(self, total: int) -> list[rank_pool.Turn]:
         """What each task of a sequence does to the pool."""
-        return rank_pool.schedule([self.new_ranks(index) for index in range(total)], self.capacity, self.progressive)
+        try:
+            return rank_pool.schedule([self.new_ranks(index) for index in range(total)], self.capacity, self.progressive)
+        except ValueError as error:
+            raise UserError(f"config.method.capacity={self.capacity}: {error}; the paper's is 4 times rank and 8 times narrow_ranks") from error
 
     # ---- state
 
