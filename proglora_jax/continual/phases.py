@@ -107,6 +107,8 @@ def _run_phase(
     begin = start_phase(trainable, settings.train, session.mesh, state.carry.get("running"))
     folder = stage.folder(session.workdir) / PROGRESS
     spent = _resume(session, folder, phase, origin, begin, data.batches)
+    if begin.step == data.steps and not last:  # done before the run was killed in a later phase, whose record must stay
+        return _ended(state, frozen, begin), spent
     session.logger.rewind(stage.number, phase.name, begin.step)
     later = (len(stages) - stage.number - 1) * data.steps
     session.logger.start_phase(stage=stage.number, stages=len(stages), task=stage.name, phase=phase.name, steps=data.steps,
@@ -131,8 +133,13 @@ def _run_phase(
     )
     if not last:
         save(end)  # a phase that is done is not run again when a later one is killed
+    return _ended(state, frozen, end), time.monotonic() - began
+
+
+def _ended(state: CLState, frozen: Any, end: PhaseState) -> CLState:
+    """The state with what a phase trained."""
     carry = state.carry | ({"running": end.running} if end.running else {})
-    return dataclasses.replace(state, params=trees.merge(frozen, end.trainable), carry=carry), time.monotonic() - began
+    return dataclasses.replace(state, params=trees.merge(frozen, end.trainable), carry=carry)
 
 
 def _changed(state: PhaseState) -> dict[str, Any]:

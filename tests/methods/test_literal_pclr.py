@@ -1,4 +1,4 @@
-"""PCLR against its equations: which ranks are on, learning, compression, integration; a list of ranks stands in for the product's arrays."""
+"""PCLR against its equations: ranks that are on, learning, compression, integration; a list of ranks stands in for the product's arrays."""
 
 from __future__ import annotations
 
@@ -207,7 +207,8 @@ def test_integration(seed):
         total, count = 0.0, 0
         for row in range(4):
             real = np.flatnonzero(game.batch["segments"][row] != codes.PAD)
-            z = [hidden(game, params["mm_projector"], game.batch, row, lambda pool, on=on: on[pool], shared) @ np.float64(game.llava.table).T
+            table, own = np.float64(game.llava.table).T, params["mm_projector"]
+            z = [hidden(game, own, game.batch, row, lambda pool, on=on: on[pool], shared) @ table
                  for on, shared in ((teacher, taught), (student, story.shared))]  # fmt: skip
             for t in real:
                 words = np.argsort(-z[0][t], kind="stable")[:9]

@@ -39,8 +39,9 @@ def delta_of(game, newest, upto: int, batch, has=None):
     return delta
 
 
-@pytest.mark.parametrize("seed, fields", [(0, {"threshold": 0.0}), (1, {"threshold": 0.0, "layer_share": 0.7}), (2, {"threshold": 1.5}),
-                                          (3, {"threshold": 1.0, "layer_share": 1.0, "expansion": "sequential", "most_turns": 2})])  # fmt: skip
+@pytest.mark.parametrize("seed, fields", [
+    (0, {"threshold": 0.0}), (1, {"threshold": 0.0, "layer_share": 0.7}), (2, {"threshold": 1.5}),
+    (3, {"threshold": 1.0, "layer_share": 1.0, "expansion": "sequential", "most_turns": 2})])  # fmt: skip
 def test_forward_and_both_losses(seed, fields):
     game = literal.play(SEMA(**(SMALL | fields)), seed, stages=2 + seed % 2)
     last = game.ends[-1]
