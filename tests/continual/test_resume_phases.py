@@ -69,7 +69,7 @@ def test_kills_inside_each_phase_change_no_bit(here, method, monkeypatch):  # no
     if method == "sema":
         tree = load_checkpoint(tiny_run.stage_folders(clean)[-1] / "adapter")[0]["adapter"]["modules"]
         np.testing.assert_array_equal(tree["modules"], [[1, 0, 0], [1, 1, 1]])
-        assert np.all(tree["records"] == 32) and np.all(tree["deviation"] > 0)  # eight steps of four rows
+        assert np.all(tree["records"] == 500) and np.all(tree["deviation"] > 0)  # the newest of eight steps of 128 rows
 
 
 def test_batches_of_features_are_planned_once_and_refuse_others(rng):
