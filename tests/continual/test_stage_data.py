@@ -171,7 +171,7 @@ def test_numbered_batches_keep_their_order_and_fill_up_without_labels(session, l
 def test_squared_gradients_of_a_run_are_means_over_batches_and_over_samples(session, last):
     rows, numbers = own_rows(session, last), np.array([7, 3, 19, 0])
     initial = session.method.init(session.targets, jax.tree.map(np.asarray, session.llava.projector_params()), 3, 0)
-    state = session.method.start_task(initial, TaskInfo(0, "ImageNet", 3, 20, np.zeros(0, np.float32), 0), None)
+    state = session.method.start_task(initial, TaskInfo(2, "ImageNet", 3, 20, np.float32([0.5, 0.5]), 0), None)
     probe = open_probe(session, rows)
     ask = lambda *asked: np.asarray(probe.squared_gradients(state, *asked, ("block",))["block"]["v_proj"]["b"])
     halves = [ask(numbers[:2], 2, "batch"), ask(numbers[2:], 2, "batch")]

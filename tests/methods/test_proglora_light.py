@@ -93,7 +93,7 @@ def test_one_loop_over_all_layers():
         batch = tiny_llava.batch(run.rows(0)[:4])
         texts.append(run.forward.lower(state.params, state.memory, run.llava, batch, state.stage).compile().as_text())
     loops, work = ([measure(text) for text in texts] for measure in (hlo_dots.loop_bodies, hlo_dots.dots))
-    assert len(loops[0]) == len(loops[1]) >= 2
+    assert len(loops[0]) == len(loops[1]) >= 1
     assert sum(work[0]) == sum(work[1])
 
 
