@@ -104,3 +104,28 @@ def join(*parts: PyTree) -> PyTree:
         return first
     side = lambda name, leaf, axis: jnp.concatenate([part[name][leaf] for part in parts], axis=axis)
     return {name: {"a": side(name, "a", -1), "b": side(name, "b", -2)} for name in first}
+
+
+def pair(params: PyTree, parts: PyTree, prefix: str) -> tuple[PyTree, PyTree]:
+    """Leaves and gates of the primitive, what learns apart from what rests.
+
+    Args:
+        params: sets of ranks by name.
+        parts: {set's name without prefix: f32[..., B|1, 1, R] gates}; with "block" among them the block learns, else pool and shared do.
+        prefix: of the sets' names.
+
+    Returns:
+        ({linear: {"a", "b", and for what rests "pool_a", "pool_b"}}, {"new": gates of what learns, "pool": gates of what rests}).
+    """
+    learns = ("block",) if "block" in parts else ("pool", "shared")
+    rests = [name for name in ("pool", "shared") if name in parts and name not in learns]
+    side = lambda names: join(*(params[prefix + name] for name in names))
+    lead = jnp.broadcast_shapes(*(gate.shape[:-1] for gate in parts.values()))
+    wide = lambda name: jnp.broadcast_to(parts[name], (*lead, parts[name].shape[-1]))
+    gates = lambda names: jnp.concatenate([wide(name) for name in names], axis=-1)
+    frozen = side(rests) if rests else {}
+    leaves = {
+        name: dict(leaf) | ({"pool_a": frozen[name]["a"], "pool_b": frozen[name]["b"]} if rests else {})
+        for name, leaf in side(learns).items()
+    }
+    return leaves, {"new": gates(learns), "pool": gates(rests) if rests else jnp.zeros((*lead, 0), jnp.float32)}

@@ -121,7 +121,8 @@ class PCLR(Method):
         try:
             return rank_pool.schedule([self.new_ranks(index) for index in range(total)], self.capacity, self.progressive)
         except ValueError as error:
-            raise UserError(f"config.method.capacity={self.capacity}: {error}; the paper's is 4 times rank and 8 times narrow_ranks") from error
+            hint = "the paper's is 4 times rank and 8 times narrow_ranks"
+            raise UserError(f"config.method.capacity={self.capacity}: {error}; {hint}") from error
 
     # ---- state
 
@@ -275,21 +276,9 @@ class PCLR(Method):
             parts["pool"] = self.scale * old[:, None, None]
         return {"parts": parts, "blocks": one}
 
-    def _pair(self, params: PyTree, parts: PyTree, prefix: str) -> tuple[PyTree, PyTree]:
-        """Leaves and gates of the primitive: what learns apart from what rests."""
-        learns = ("block",) if "block" in parts else ("pool", "shared")
-        rests = [name for name in ("pool", "shared") if name in parts and name not in learns]
-        side = lambda names: rank_pool.join(*(params[prefix + name] for name in names))
-        lead = jnp.broadcast_shapes(*(gate.shape[:-1] for gate in parts.values()))
-        join = lambda names: jnp.concatenate([jnp.broadcast_to(parts[name], (*lead, parts[name].shape[-1])) for name in names], axis=-1)
-        frozen = side(rests) if rests else {}
-        leaves = {name: {"a": leaf["a"], "b": leaf["b"]} | ({"pool_a": frozen[name]["a"], "pool_b": frozen[name]["b"]} if rests else {})
-                  for name, leaf in side(learns).items()}
-        return leaves, {"new": join(learns), "pool": join(rests) if rests else jnp.zeros((*lead, 0), jnp.float32)}
-
     def adapter(self, params: PyTree, gates: PyTree, key: jax.Array | None) -> Adapter:
         """The adapter of the decoder; each layer takes its own gates."""
-        leaves, own = self._pair(params, gates["parts"], "")
+        leaves, own = rank_pool.pair(params, gates["parts"], "")
         rate = self.dropout if key is not None else 0.0
         layer = {name: gate[:-1] for name, gate in own.items()}
         if rate:
@@ -298,7 +287,7 @@ class PCLR(Method):
 
     def projector_adapter(self, params: PyTree, gates: PyTree) -> Adapter:
         """The adapter of the mm_projector, by the last of the pools."""
-        leaves, own = self._pair(params, gates["parts"], "projector_")
+        leaves, own = rank_pool.pair(params, gates["parts"], "projector_")
         layer = {name: gate[-1] for name, gate in own.items()}
         return Adapter(leaves, layer, {}, partial(pooled_delta, scale=1.0, mix="delta", rate=0.0))
 

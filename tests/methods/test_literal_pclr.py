@@ -184,6 +184,7 @@ def test_learning(seed):
             if game.batch["image_mask"][row]:
                 apart += np.mean([1 - cosine(image, key) for rank in new for key in rank.image])
         found = game.in_training(moment)
+        assert apart > 0.01 and bool(old) == (moment.stage > 0) and bool(shared) == (moment.stage == 2)
         oracle.close(found["ce"], ce, f"cross-entropy in stage {moment.stage}")
         oracle.close(found["loss"], ce + 0.3 * apart / 4, f"loss in stage {moment.stage}")
 

@@ -44,6 +44,7 @@ def delta_of(game, newest, upto: int, batch, has=None):
     (3, {"threshold": 1.0, "layer_share": 1.0, "expansion": "sequential", "most_turns": 2})])  # fmt: skip
 def test_forward_and_both_losses(seed, fields):
     game = literal.play(SEMA(**(SMALL | fields)), seed, stages=2 + seed % 2)
+    assert {moment.phase.kind for moment in game.moments} == {"func", "rd"}
     last = game.ends[-1]
     tested = literal.scores(game, last.params["mm_projector"], delta_of(game, last.params, len(game.ends) - 1, game.batch))
     oracle.close(game.at_test(), tested, "scores at test")
