@@ -41,7 +41,9 @@ BATCHES = {
     "mcitlib64": (16, (4,) * 9),
 }
 # The papers' runs of these methods had other batches.
-OWN_BATCHES = {("paper_era", "moelora"): (8, (12, 12, 16, 6, 12, 6, 6, 8, 8))}
+OWN_BATCHES = {
+    ("paper_era", "moelora"): (8, (12, 12, 16, 6, 12, 6, 6, 8, 8)), ("paper_era", "pclr"): (4, (24, 32, 40, 24, 32, 16, 16, 32, 8)),
+}
 CHOICES = {
     "backbone": BACKBONES, "order": ("coin", "alphabet"), "templates": ("Original", "Diverse", "10Type"),
     "recipe": ("proglora", "coin_effective"), "batches": tuple(BATCHES),

@@ -7,18 +7,50 @@ _LARGE_BLOCK = {"rank": 128, "alpha": 256.0, "dropout": 0.05, "a_init": "kaiming
 _POOL = {"fuse": "delta", "pool_chunk": 0}
 _RECALL = {"recall_enabled": True, "recall_weight": 2.0, "recall_per_task": 200, "recall_count": "similarity"}
 
+_DYNAMIC = _SMALL_BLOCK | _POOL | _RECALL | {
+    "routing_tokens": "instruction", "routing_layer": 0, "routing_scope": "global", "routing_decode": "prefill_cached",
+    "split_max_quirk": False, "temperature": "sqrt_d", "proj_variant": "paper", "proj_width": 256,
+    "key_init": "fresh_xavier", "key_scale": 1.0,
+    "train_old_keys": False, "gate_bonus": 0.0, "gate_bonus_fraction": 0.5, "match_weight": 0.0, "gate_lr_multiplier": 1.0,
+    "recall_kl": "target_pred", "recall_reduction": "mean", "recall_batch": 0, "recall_targets": "stored",
+}
+
 # Hyper-parameters by method, for the 7B model.
 METHODS = {
     "zero_shot": _SMALL_BLOCK,
     "multi_task": _LARGE_BLOCK,
     "lora": _LARGE_BLOCK,
+    "moelora": _LARGE_BLOCK | {"a_init": "normal001", "experts": 8, "router_input": "token"},
+    "branchlora": _LARGE_BLOCK | {
+        "a_init": "normal001", "experts": 8, "topk": 2, "renorm": "topk_softmax", "router_input": "token", "freeze_a_after": 0,
+        "align_weight": 1.0, "text_tokens": "instruction", "mass_samples": 1024,
+    },
+    "sema": _SMALL_BLOCK | _POOL | {
+        "most_turns": 8, "layer_share": 0.25, "threshold": 1.0, "expansion": "parallel", "detect_samples": 2048, "detect_batch": 128,
+        "descriptor_width": 128, "descriptor_rows": 5000, "descriptor_epochs": 20, "descriptor_batch_size": 128,
+        "descriptor_learning_rate": 1e-3,
+    },
+    "pclr": {
+        "rank": 64, "alpha": 128.0, "dropout": 0.0, "a_init": "fan_in", "train_mm_projector": False, "top_ranks": 64, "narrow_ranks": 32,
+        "narrow_from": 7, "capacity": 256, "shared_ranks": 32, "near_from": 5, "align_weight": 0.2, "image_weight": 0.0,
+        "query_samples": 2048, "integrate": True, "progressive": True, "integrate_learning_rate": 5e-5, "integrate_batch_size": 0,
+        "integrate_epochs": 1, "top_words": 100, "distill_temperature": 2.0,
+    },
     "proglora_static": _SMALL_BLOCK | _POOL | _RECALL | {"weights": "similarity", "replay_block": "current", "replay_mix": "concat"},
-    "proglora_dynamic": _SMALL_BLOCK | _POOL | _RECALL | {
-        "routing_tokens": "instruction", "routing_layer": 0, "routing_scope": "global", "routing_decode": "prefill_cached",
-        "split_max_quirk": False, "temperature": "sqrt_d", "proj_variant": "paper", "proj_width": 256,
-        "key_init": "fresh_xavier", "key_scale": 1.0,
-        "train_old_keys": False, "gate_bonus": 0.0, "gate_bonus_fraction": 0.5, "match_weight": 0.0, "gate_lr_multiplier": 1.0,
-        "recall_kl": "target_pred", "recall_reduction": "mean", "recall_batch": 0, "recall_targets": "stored",
+    "proglora_dynamic": _DYNAMIC,
+    "proglora_light": _DYNAMIC | {
+        "recall_count": "fixed", "shared_layers": 3, "bottom": "shared_trained", "tie_bottom_layers": False,
+    },
+    "lwf": _LARGE_BLOCK | {"distill_weight": 1.0, "temperature": 2.0, "mode": "logits"},
+    "ewc": _LARGE_BLOCK | {
+        "penalty_weight": 5000.0, "accumulate": "separate", "gamma": 1.0, "fisher": "batch", "fisher_batches": 50,
+        "fisher_batch_size": 12, "scope": "lora_and_projector",
+    },
+    "olora": _SMALL_BLOCK | _POOL | {
+        "a_init": "kaiming", "orthogonal_weight": 0.5, "norm_weight": 0.0, "reduction": "sum", "train_forward": "sum",
+    },
+    "mocl": _SMALL_BLOCK | _POOL | {
+        "a_init": "kaiming", "weights": "softmax8", "batch_mean": False, "use_scale": True, "match_weight": 1.0, "train_old_keys": False,
     },
 }
 

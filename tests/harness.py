@@ -14,14 +14,19 @@ import tiny_llava
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import CLState
-from proglora_jax.methods.base import Method, Replay, TaskInfo, check_contract
+from proglora_jax.methods.base import Method, Phase, Replay, TaskInfo, check_contract
 from proglora_jax.methods.registry import METHODS
-from proglora_jax.training import losses, loop, optim
+from proglora_jax.methods.views import Probe
+from proglora_jax.training import fisher, losses, loop, optim
 from proglora_jax.training import step as steps_of
 from proglora_jax.training.settings import TrainSettings
 
-# A small and quick version of any method: those of these fields that it has.
-SMALL = dict(rank=4, alpha=8.0, proj_width=8, recall_per_task=6)
+# A small and quick version of any method: those of these fields that it has. LwF's teacher, who knows none of the new task's words,
+# would hold the student back for longer than the few steps that there are.
+SMALL = dict(
+    rank=4, alpha=8.0, proj_width=8, recall_per_task=6, shared_layers=1, fisher_batches=4, distill_weight=0.1, experts=4,
+    threshold=0.0, descriptor_width=4, top_ranks=4, capacity=8, narrow_ranks=2, narrow_from=3, near_from=3, shared_ranks=2,
+)
 TRAIN = TrainSettings(
     learning_rate=1e-2, projector_learning_rate=1e-3, schedule="constant", warmup_fraction=0.0, loss_norm="global_token_mean"
 )
@@ -60,6 +65,7 @@ class Harness:
     seed: int = 0
     image: bool = True
     backbone: str = "tiny"
+    steps: list = dataclasses.field(default_factory=list)
 
     @functools.cached_property
     def mesh(self):
@@ -74,9 +80,14 @@ class Harness:
         return tiny_llava.place(tiny_llava.model(self.dtype), self.mesh)
 
     @functools.cache  # noqa: B019 (a harness lives as long as its test file)
-    def step(self, separate: bool):
-        """The training step."""
-        return steps_of.make_train_step(self.method, self.train, "none", separate, self.mesh)
+    def step(self, separate: bool, phase: Phase = Phase()):
+        """The training step of a kind of phase."""
+        self.steps.append(steps_of.make_train_step(self.method, self.train, "none", separate, self.mesh, phase))
+        return self.steps[-1]
+
+    def compiles(self) -> int:
+        """Programs compiled for the training steps so far."""
+        return sum(step._cache_size() for step in self.steps)
 
     @functools.cached_property
     def probe_step(self):
@@ -97,14 +108,35 @@ class Harness:
         """All training rows of a task."""
         return tiny_llava.rows_of(task, self.count, self.seed, **({} if self.image else {"image": False}))
 
-    def probe(self, state: CLState, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """What the method asks of training rows, in batches of one size."""
+    @functools.cached_property
+    def probe(self) -> Probe:
+        """What the method may ask of training rows."""
+        return Probe(self._samples, self._squared_gradients)
+
+    def _samples(self, state: CLState, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """In batches of one size."""
         rows, parts = self.rows(int(state.stage)), []
         for start in range(0, len(numbers), self.size):
             chosen = np.resize(numbers[start : start + self.size], self.size)
             batch = meshes.put_batch(tiny_llava.batch([rows[i] for i in chosen]), self.mesh)
             parts.append(self.probe_step(*meshes.put_replicated((state.params, state.memory), self.mesh), self.llava, batch, state.stage))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(numbers)], *parts)
+
+    @functools.cache  # noqa: B019
+    def fisher_step(self, names: tuple[str, ...], kind: str):
+        """The sum of squared gradients."""
+        return fisher.make_squared_gradients(self.method, self.mesh, names, kind, "none")
+
+    def _squared_gradients(self, state: CLState, numbers: np.ndarray, size: int, kind: str, names: tuple[str, ...]):
+        rows, batches = self.rows(int(state.stage)), -(-len(numbers) // size)
+        params, memory, total = meshes.put_replicated((state.params, state.memory, fisher.zeros(state.params, names)), self.mesh)
+        whole = fisher.filled_size(size, meshes.batch_ways(self.mesh))
+        for start in range(0, len(numbers), size):
+            chosen = numbers[start : start + size]
+            batch = fisher.fill(tiny_llava.batch([rows[i] for i in np.resize(chosen, whole)]), len(chosen))
+            batch = meshes.put_batch(batch, self.mesh)
+            total = self.fisher_step(names, kind)(total, params, memory, self.llava, batch, np.int32(state.stage))
+        return jax.tree.map(lambda leaf: leaf / (batches if kind == "batch" else len(numbers)), total)
 
     def batches(self, index: int, replay: Replay | None, salt: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Endless batches of a stage, replayed rows among them."""
@@ -119,12 +151,13 @@ class Harness:
             rows = [pool[i] for i in rng.permutation(len(pool))[: self.size - part]] + [old[i] for i in rng.integers(0, len(old), part)]
             yield tiny_llava.batch(rows)
 
-    def control(self, index: int, step: int, steps: int) -> dict:
+    def control(self, index: int, step: int, steps: int, phase: Phase = Phase(), running=None) -> dict:
         """What the loop tells a step."""
-        rates = optim.learning_rates(self.train, self.method, step, steps)
+        rates = optim.learning_rates(self.train, self.method, step, steps, phase)
         return {
             "stage": np.int32(index), "step": np.int32(step), "progress": np.float32(step / steps),
             "key": jax.random.key(self.seed * 1000 + index), "rates": {name: np.float32(rate) for name, rate in rates.items()},
+            "running": running or {},
         }  # fmt: skip
 
     def begin(self, state: CLState, index: int) -> tuple[CLState, dict[str, bool]]:
@@ -132,22 +165,44 @@ class Harness:
         started = self.method.start_task(state, self.info(index), self.probe)
         return started, check_contract(self.method, state if index else None, started, self.info(index))
 
-    def fit(self, state: CLState, mask: dict[str, bool], index: int, steps: int) -> tuple[CLState, list[float]]:
-        """Trains the phases of a stage; returns the losses of all steps."""
-        seen = []
-        replay = self.method.replay(self.info(index))
-        for salt, _ in enumerate(self.method.phases(self.info(index))):
-            trainable, frozen = trees.partition(state.params, mask)
-            phase = loop.start_phase(trainable, self.train, self.mesh)
-            frozen, memory = meshes.put_replicated((frozen, state.memory), self.mesh)
-            function = self.step(bool(replay and replay.mix == "separate_batch"))
-            for step, batch in zip(range(steps), self.batches(index, replay, salt)):
-                rows, control = meshes.put_batch(batch, self.mesh), self.control(index, step, steps)
-                phase.trainable, phase.optimizer, metrics = function(
-                    phase.trainable, phase.optimizer, frozen, memory, self.llava, rows, control)
-                seen.append(float(metrics["loss"]))
-            state = dataclasses.replace(state, params=trees.merge(frozen, phase.trainable))
+    def fit(self, state: CLState, mask: dict[str, bool], index: int, steps: int, record: list | None = None):
+        """Trains the phases of a stage, the first with `mask`; returns the state and the losses of all steps.
+
+        `record` takes (phase, state before it, its mask, state after its steps, losses) of each.
+        """
+        seen, info = [], self.info(index)
+        for salt, phase in enumerate(self.method.phases(info)):
+            if not self.method.skips(state, info, phase):
+                mask = self.method.phase_mask(state, info, phase) if salt else mask
+                before = jax.tree.map(np.array, state)
+                state, losses = self.fit_phase(state, mask, index, steps, phase, salt)
+                seen += losses
+                if record is not None:
+                    record.append((phase, before, mask, jax.tree.map(np.array, state), losses))
+            state = self.method.after_phase(state, info, phase, self.probe)
         return state, seen
+
+    def fit_phase(self, state: CLState, mask: dict[str, bool], index: int, steps: int, phase: Phase, salt: int = 0):
+        """Trains one phase; returns the state and its losses."""
+        seen, replay = [], self.method.replay(self.info(index))
+        trainable, frozen = trees.partition(state.params, mask)
+        now = loop.start_phase(trainable, self.train, self.mesh, state.carry.get("running"))
+        batches = self.features(state, phase, index, salt) if phase.features else self.batches(index, replay, salt)
+        frozen, memory = meshes.put_replicated((frozen, state.memory), self.mesh)
+        function = self.step(bool(replay and replay.mix == "separate_batch"), phase.program())
+        for step, batch in zip(range(steps), batches):
+            rows, control = meshes.put_batch(batch, self.mesh), self.control(index, step, steps, phase, now.running)
+            now.trainable, now.optimizer, metrics = function(now.trainable, now.optimizer, frozen, memory, self.llava, rows, control)
+            now.running = metrics.pop("running", now.running)
+            seen.append(float(metrics["loss"]))
+        carry = state.carry | ({"running": now.running} if now.running else {})
+        return dataclasses.replace(state, params=trees.merge(frozen, now.trainable), carry=carry), seen
+
+    def features(self, state: CLState, phase: Phase, index: int, salt: int) -> Iterator[dict[str, np.ndarray]]:
+        """Endless batches of a phase on features."""
+        values, rng = self.probe(state, np.arange(self.count))[phase.features], np.random.default_rng([self.seed, index, salt])
+        while True:
+            yield {"features": np.asarray(values)[rng.permutation(self.count)[: self.size]]}
 
     def stage(self, state: CLState, index: int, steps: int) -> tuple[CLState, list[float]]:
         """A whole stage: start, train, end."""
@@ -162,9 +217,9 @@ class Harness:
 
         @jax.jit
         def forward(params, memory, llava, batch, stage):
-            x = steps_of.embed_batch(llava, params, batch)
-            gates = method.gates(params, memory, steps_of.gate_inputs(llava, method, x, batch, stage))
-            hidden = llava.decode(x, adapter=method.adapter(params, gates, None)).hidden
+            sight = steps_of.look(llava, method, params, memory, batch, stage)
+            gates = sight.gates
+            hidden = llava.decode(sight.inputs.embeddings, adapter=method.adapter(params, gates, None)).hidden
             logits = llava.logits(losses.gather_positions(hidden, batch["label_index"]))
             nll = losses.token_nll(logits, batch["labels"], batch["label_mask"])
             return {"logits": logits, "gates": gates["blocks"], "loss": nll.sum() / batch["label_mask"].sum()}

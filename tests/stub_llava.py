@@ -29,7 +29,8 @@ class Stub:
     dtype: str = dataclasses.field(metadata=dict(static=True))
 
     def targets(self) -> Targets:
-        return Targets(LAYERS, {"q_proj": (WIDTH, WIDTH), "up_proj": (WIDTH, INNER)}, WIDTH, VISION)
+        linears = {name: self.layers[name].shape[1:] for name in ("q_proj", "up_proj")}
+        return Targets(self.layers["down"].shape[0], linears, self.table.shape[1], self.patches.shape[1])
 
     def projector_params(self):
         return self.projector
@@ -39,18 +40,28 @@ class Stub:
         cut = image.reshape(rows, 2, size, 2, size, 3).swapaxes(2, 3).reshape(rows, 4, -1)
         return jnp.tanh(cut @ self.patches).astype(self.dtype)
 
-    def project(self, features, projector):
-        first, second = projector["linear_1"], projector["linear_2"]
-        cast = lambda leaf: leaf.astype(features.dtype)
-        return jax.nn.gelu(features @ cast(first["kernel"]) + cast(first["bias"])) @ cast(second["kernel"]) + cast(second["bias"])
+    def image_parts(self, image):
+        features = self.encode_image(image)
+        return features, features.astype(jnp.float32).mean(axis=1)
+
+    def project(self, features, projector, adapter=None):
+        def linear(name, x):
+            y = x @ projector[name]["kernel"].astype(x.dtype) + projector[name]["bias"].astype(x.dtype)
+            if adapter is None:
+                return y
+            return y + adapter.delta(name, adapter.leaves[name], adapter.layer, adapter.gates, x).astype(y.dtype)
+
+        return linear("linear_2", jax.nn.gelu(linear("linear_1", features)))
 
     def embed(self, tokens, features):
         x = self.table[tokens].astype(self.dtype)
+        if features is None:
+            return x
         here = tokens == tiny_llava.IMAGE_TOKEN
         order = jnp.clip(jnp.cumsum(here, axis=1) - 1, 0, tiny_llava.PATCHES - 1)
         return jnp.where(here[..., None], jnp.take_along_axis(features.astype(x.dtype), order[..., None], axis=1), x)
 
-    def decode(self, x, *, adapter=None, remat="none"):
+    def decode(self, x, *, adapter=None, remat="none", cache_size=0):
         mean = np.tril(np.ones((x.shape[1],) * 2, np.float32)) / np.arange(1, x.shape[1] + 1, dtype=np.float32)[:, None]
         leaves, once = ({}, {}) if adapter is None else (adapter.leaves, adapter.layer)
 
@@ -58,29 +69,35 @@ class Stub:
             layer, own, once = scanned
             context = once if adapter is None or adapter.layer_gate is None else adapter.layer_gate(once, adapter.gates, h)
 
+            seen = {}
+
             def linear(name, x):
+                if cache_size and name in own and adapter.observe is not None:
+                    seen[name] = adapter.observe(name, own[name], context, adapter.gates, x)
                 y = x @ layer[name].astype(x.dtype)
                 return y + adapter.delta(name, own[name], context, adapter.gates, x).astype(y.dtype) if name in own else y
 
             h = h + (mean @ linear("q_proj", h).astype(jnp.float32)).astype(h.dtype)
-            return h + jnp.tanh(linear("up_proj", h)) @ layer["down"].astype(h.dtype), None
+            h = h + jnp.tanh(linear("up_proj", h)) @ layer["down"].astype(h.dtype)
+            return h, ({**context, "linears": seen} if seen else context) if cache_size else None
 
-        h = jax.lax.scan(body, x, (self.layers, leaves, once))[0].astype(jnp.float32)
-        return Output((h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-5)).astype(x.dtype))
+        h, contexts = jax.lax.scan(body, x, (self.layers, leaves, once))
+        h = h.astype(jnp.float32)
+        return Output((h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-5)).astype(x.dtype), None, contexts)
 
     def logits(self, hidden):
         return hidden.astype(jnp.float32) @ self.table.T
 
 
 @functools.cache
-def stub(dtype: str = "float32") -> Stub:
+def stub(dtype: str = "float32", layers: int = LAYERS, width: int = WIDTH, inner: int = INNER) -> Stub:
     """The stand-in with random numbers."""
     rng = np.random.default_rng(9)
     draw = lambda *shape: (rng.standard_normal(shape) * shape[-2] ** -0.5).astype(np.float32)
-    layers = {"q_proj": draw(LAYERS, WIDTH, WIDTH), "up_proj": draw(LAYERS, WIDTH, INNER), "down": draw(LAYERS, INNER, WIDTH)}
+    stacked = {"q_proj": draw(layers, width, width), "up_proj": draw(layers, width, inner), "down": draw(layers, inner, width)}
     projector = {
-        "linear_1": {"kernel": draw(VISION, WIDTH), "bias": np.zeros(WIDTH, np.float32)},
-        "linear_2": {"kernel": draw(WIDTH, WIDTH), "bias": np.zeros(WIDTH, np.float32)},
+        "linear_1": {"kernel": draw(VISION, width), "bias": np.zeros(width, np.float32)},
+        "linear_2": {"kernel": draw(width, width), "bias": np.zeros(width, np.float32)},
     }
-    table = 0.5 * rng.standard_normal((tiny_llava.VOCAB, WIDTH)).astype(np.float32)
-    return Stub(table, layers, draw(48, VISION), projector, dtype)
+    table = 0.5 * rng.standard_normal((tiny_llava.VOCAB, width)).astype(np.float32)
+    return Stub(table, stacked, draw(48, VISION), projector, dtype)

@@ -118,21 +118,40 @@ def init_block(generator, targets, rank: int, init: str) -> PyTree:
         generator: numpy Generator; one draw per linear, in the order of `targets.linears`.
         targets: Targets.
         rank: r.
-        init: "normal001" for N(0, 0.01^2) (ProgLoRA's and MoELoRA's code) or "kaiming" for U(-1/sqrt(d_in), 1/sqrt(d_in)) (PEFT).
+        init: see `draw_factor`.
 
     Returns:
         {linear: {"a": f32[L, d_in, r], "b": f32[L, r, d_out]}} as numpy arrays.
     """
     block = {}
     for name, (d_in, d_out) in targets.linears.items():
-        shape = (targets.layers, d_in, rank)
-        if init == "normal001":
-            a = generator.normal(0.0, 0.01, shape)
-        else:
-            bound = d_in**-0.5
-            a = generator.uniform(-bound, bound, shape)
-        block[name] = {"a": a.astype("float32"), "b": jnp.zeros((targets.layers, rank, d_out), jnp.float32)}
+        a = draw_factor(generator, (targets.layers, d_in, rank), init)
+        block[name] = {"a": a, "b": jnp.zeros((targets.layers, rank, d_out), jnp.float32)}
     return block
+
+
+def init_like(generator, block: PyTree, init: str) -> PyTree:
+    """A fresh block of the shapes of another, with or without a leading axis of layers."""
+    fresh = lambda leaf: {"a": draw_factor(generator, leaf["a"].shape, init), "b": jnp.zeros(leaf["b"].shape, jnp.float32)}
+    return {name: fresh(leaf) for name, leaf in block.items()}
+
+
+INITS = ("normal001", "kaiming", "fan_in")
+
+
+def draw_factor(generator, shape: tuple[int, ...], init: str):
+    """A random factor f32[..., d_in, r].
+
+    Args:
+        generator: numpy Generator.
+        shape: of the factor.
+        init: "normal001" for N(0, 0.01^2) (ProgLoRA's and MoELoRA's code), "kaiming" for U(-1/sqrt(d_in), 1/sqrt(d_in)) (PEFT),
+            "fan_in" for N(0, 1/d_in) (PCLR).
+    """
+    bound = shape[-2] ** -0.5
+    if init == "kaiming":
+        return generator.uniform(-bound, bound, shape).astype("float32")
+    return generator.normal(0.0, 0.01 if init == "normal001" else bound, shape).astype("float32")
 
 
 def empty_pool(targets, slots: int, rank: int) -> PyTree:

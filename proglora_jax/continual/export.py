@@ -67,7 +67,7 @@ def export_adapter(
             block = 0  # the same adapter, with the rank and alpha of its training
     if block is not None:
         adapter = _block(trained, block)
-        alpha = method.alpha
+        alpha = method.scale * next(iter(adapter.values()))["a"].shape[-1]  # a block may have a share of the method's rank
     else:
         adapter = trim_ranks(adapter, method.rank)
         alpha = next(iter(adapter.values()))["a"].shape[-1]

@@ -80,7 +80,8 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
             matrix[mode].append(row)
         known = {tasks[task]: score for task, score in scored.items() if score is not None}
         if any(len(score["gates"]) > 1 for score in known.values()):
-            gates[stage.number] = {name: score["gates"][: stage.index + 1] for name, score in known.items()}
+            count = stage.index + 1 if session.method.blocks_are_tasks else None  # slots of later tasks are empty
+            gates[stage.number] = {name: score["gates"][:count] for name, score in known.items()}
         ceilings |= {name: score["ceiling"]["coin"] for name, score in known.items()}
         meta = _read(folder / FINAL / "meta.json", checksum=False) or {}
         counts.append(meta.get("trainable", {}))

@@ -6,28 +6,28 @@ import dataclasses
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from proglora_jax.checkpoints.stage import find_newest, load_checkpoint, load_records, save_checkpoint
+from proglora_jax.checkpoints.stage import save_checkpoint
 from proglora_jax.continual import results, similarity
 from proglora_jax.continual.answering import evaluate_task
+from proglora_jax.continual.phases import run_phases
+from proglora_jax.continual.probes import open_probe
 from proglora_jax.continual.session import Session
 from proglora_jax.continual.similarity_encoders import open_encoders
-from proglora_jax.continual.stage_data import StageData, chosen_batches, open_iterator, own_rows, stage_data
+from proglora_jax.continual.stage_data import own_rows
 from proglora_jax.continual.stages import FINAL, PROGRESS, Finished, Stage, load_stage, plan_stages
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import CLState
 from proglora_jax.data.errors import UserError
-from proglora_jax.data.pipeline import TrainIterator
 from proglora_jax.data.rows import EncodedRows
-from proglora_jax.methods.base import Phase, TaskInfo, check_contract
+from proglora_jax.methods.base import TaskInfo, check_contract
 from proglora_jax.training import shapes
-from proglora_jax.training.loop import PhasePlan, PhaseState, Stopped, start_phase, train_phase
+from proglora_jax.training.loop import Stopped
 from proglora_jax.training.projector import projector_for_task
 
 
@@ -80,7 +80,7 @@ def _train_stage(
     info = TaskInfo(stage.index, stage.name, total, len(own) if own else 0, alike, seed)
 
     # ---- the method's state for this task, and what trains
-    probe = _probe(session, own) if own else None
+    probe = open_probe(session, own) if own else None
     projector = projector_for_task(
         session.settings.train.projector_init_per_task, state.params["mm_projector"], initial.params["mm_projector"], stage.index, seed)
     state = method.start_task(dataclasses.replace(state, params=state.params | {"mm_projector": projector}), info, probe)
@@ -88,15 +88,11 @@ def _train_stage(
     counts = _announce(session, stage, stages, state, mask, alike)
 
     # ---- phases
-    seconds = 0.0
-    phases = method.phases(info)
-    origin = before.digest if before else session.base
-    data = stage_data(session, stage, own, method.replay(info)) if phases else None
-    for phase in phases:
-        state, passed = _run_phase(session, stage, stages, phase, data, state, mask, origin, last=phase is phases[-1])
-        seconds += passed
     if own:
+        state, seconds = run_phases(session, stage, stages, info, own, state, probe, origin=before.digest if before else session.base)
         state = method.end_task(state, info, probe)
+    else:
+        seconds = 0.0
 
     # ---- checkpoint
     tree = meshes.to_host(method.to_disk(state)) | {"embedding": {f"task_{stage.index:02d}": embedding}}
@@ -123,100 +119,6 @@ def _similarity(
     embedding = similarity.task_embedding(session, encoders, stage.name, own)
     earlier = [before.tree["embedding"][f"task_{i:02d}"] for i in range(stage.index)] if before else []
     return embedding, similarity.similarities(earlier, embedding, session.settings.similarity.clamp), encoders.fingerprint
-
-
-def _probe(session: Session, rows: EncodedRows):
-    """What methods ask of training samples: (state, row numbers) -> {name: f32[n, ...]}."""
-
-    def probe(state: CLState, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        params, memory = meshes.put_replicated((state.params, state.memory), session.mesh)
-        parts: dict[str, np.ndarray] = {}
-        for positions, batch in chosen_batches(session, rows, numbers, session.settings.evaluate.batch_size):
-            out = session.probe_step(params, memory, session.llava, meshes.put_batch(batch, session.mesh), state.stage)
-            for name, value in out.items():
-                host = np.asarray(value)[: len(positions)]
-                parts.setdefault(name, np.zeros((len(numbers), *host.shape[1:]), host.dtype))[positions] = host
-        return parts
-
-    return probe
-
-
-def _run_phase(
-    session: Session, stage: Stage, stages: tuple[Stage, ...], phase: Phase, data: StageData, state: CLState, mask, origin: str, last: bool
-) -> tuple[CLState, float]:
-    """Trains one phase, from its beginning or from the newest progress that can be trusted; `origin` names what the stage began with."""
-    settings, method = session.settings, session.method
-    trainable, frozen = trees.partition(state.params, mask)
-    begin = start_phase(trainable, settings.train, session.mesh)
-    iterator = open_iterator(session, data)
-    folder = stage.folder(session.workdir) / PROGRESS
-    spent = _resume(session, folder, phase, origin, begin, iterator)
-    session.logger.rewind(stage.number, phase.name, begin.step)
-    later = (len(stages) - stage.number - 1) * len(data.plan)
-    session.logger.start_phase(stage=stage.number, stages=len(stages), task=stage.name, phase=phase.name, steps=len(data.plan),
-                               first_step=begin.step, steps_after=later)
-    began = time.monotonic() - spent
-    names = {(row.task_id, row.index): f"{row.example.task} record {row.example.id}" for row in data.rows.rows}
-    # The seed of a stage's draws depends on its place in the run, so that isolated stages differ too.
-    plan = PhasePlan(stage.index, len(data.plan), settings.run.seed * 1000 + stage.number, lambda *row: names[row],
-                     settings.run.checkpoint_every_steps, stage.name)
-
-    def save(now: PhaseState) -> None:
-        record = {"step": now.step, "phase": phase.name, "origin": origin, "loss": now.loss, "seconds": time.monotonic() - began}
-        path = folder / f"{phase.name}_{now.step:07d}"
-        changed = {"trainable": now.trainable, "optimizer": now.optimizer}
-        save_checkpoint(path, changed, {"meta": record, "iterator": _position(iterator, now.step)})
-        for old in sorted(folder.glob(f"{phase.name}_*[0-9]"))[:-2] if session.chief else ():
-            shutil.rmtree(old, ignore_errors=True)
-
-    frozen, memory = meshes.put_replicated((frozen, state.memory), session.mesh)
-    end = train_phase(
-        plan=plan, state=begin, frozen=frozen, memory=memory, llava=session.llava, batches=iterator,
-        step_function=session.train_step(data.separate), method=method, train=settings.train, mesh=session.mesh, logger=session.logger,
-        stop=session.stop, save=save,
-    )
-    if not last:
-        save(end)  # a phase that is done is not run again when a later one is killed
-    params = trees.merge(frozen, end.trainable)
-    return dataclasses.replace(state, params=params), time.monotonic() - began
-
-
-def _position(iterator: TrainIterator, step: int) -> dict[str, Any]:
-    """Where the iterator must go on: after the steps that are done (it reads ahead of them)."""
-    return iterator.get_state() | {"next_index": step}
-
-
-def _resume(session: Session, folder: Path, phase: Phase, origin: str, state: PhaseState, iterator: TrainIterator) -> float:
-    """Takes up the newest intact progress of a phase into `state` and the iterator; returns the seconds it had taken."""
-    path, skipped = find_newest(folder, f"{phase.name}_*", clean=session.chief)
-    for damaged, reason in skipped:
-        logging.warning("Progress %s is skipped: %s", damaged.name, reason)
-    if path is None:
-        return 0.0
-    like = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
-    records = load_records(path)
-    problem = "the stage began with another state then than it does now" if records["meta"]["origin"] != origin else ""
-    try:
-        iterator.set_state(records["iterator"])
-    except UserError as error:  # other buckets, mended records, another tokenizer: its batches are not those of the steps done
-        problem = problem or str(error)
-    if problem:
-        aside = folder.with_name(f"{PROGRESS}_dropped")
-        text = "Progress %s is dropped: %s. The stage begins anew; the old progress is kept in %s until it ends."
-        logging.warning(text, path.name, problem, aside)
-        if session.chief:
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-        iterator.set_state(iterator.get_state() | {"next_index": 0})
-        return 0.0
-    try:
-        loaded, _ = load_checkpoint(path, {"trainable": like(state.trainable), "optimizer": like(state.optimizer)})
-    except UserError as error:
-        raise UserError(f"{path} cannot be continued: {error}") from error
-    state.trainable, state.optimizer = loaded["trainable"], loaded["optimizer"]
-    state.step, state.loss = records["meta"]["step"], records["meta"]["loss"]
-    session.logger.message(f"resumed after step {state.step} of phase {phase.name}, where the loss was {state.loss:.6g}")
-    return float(records["meta"]["seconds"])
 
 
 def _announce(session: Session, stage: Stage, stages: tuple[Stage, ...], state: CLState, mask, alike: np.ndarray) -> dict[str, int]:

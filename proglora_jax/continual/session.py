@@ -26,10 +26,10 @@ from proglora_jax.data.tasks import ORDERS, TaskData, load_task, select_subset, 
 from proglora_jax.data.templates import get_template
 from proglora_jax.data.tokens import Encoder, Tokenizer, load_tokenizer
 from proglora_jax.evaluation.evaluator import references
-from proglora_jax.methods.base import Method
+from proglora_jax.methods.base import Method, Phase
 from proglora_jax.models.layers import Settings as ModelOptions
 from proglora_jax.models.presets import PRESETS, LlavaConfig
-from proglora_jax.training import step
+from proglora_jax.training import fisher, step
 from proglora_jax.training.log import RunLogger
 from proglora_jax.training.loop import StopSignal
 from proglora_jax.training.settings import Settings
@@ -91,15 +91,20 @@ class Session:
         data = self.settings.data
         return ImageLoader(self.images, mode, data.on_bad_image, data.image_cache_mb << 20)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019
-    def train_step(self, separate_replay: bool) -> Callable:
-        """The training step."""
-        return step.make_train_step(self.method, self.settings.train, self.settings.model.remat, separate_replay, self.mesh)
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def train_step(self, separate_replay: bool, phase: Phase) -> Callable:
+        """The training step of a kind of phase, as `Phase.program` names it."""
+        return step.make_train_step(self.method, self.settings.train, self.settings.model.remat, separate_replay, self.mesh, phase)
 
     @functools.cached_property
     def probe_step(self) -> Callable:
         """The probe of training samples."""
         return step.make_probe(self.method, self.mesh)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def squared_gradients(self, names: tuple[str, ...], kind: str) -> Callable:
+        """The sum of squared gradients."""
+        return fisher.make_squared_gradients(self.method, self.mesh, names, kind, self.settings.model.remat)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def generator(self, max_new_tokens: int) -> Callable:

@@ -19,7 +19,8 @@ from proglora_jax.data.plan import BatchPlan, check_buckets, plan_batches, row_b
 from proglora_jax.data.rows import EncodedRows, encode_rows
 from proglora_jax.data.schema import TrainRow
 from proglora_jax.data.tasks import select_subset
-from proglora_jax.methods.base import Replay
+from proglora_jax.methods.base import Phase, Replay
+from proglora_jax.training import fisher
 from proglora_jax.training.settings import batch_size_of
 
 
@@ -49,29 +50,32 @@ def own_rows(session: Session, stage: Stage) -> EncodedRows:
     return encode_rows(rows, session.encoder, session.settings.data.on_unsupervised)
 
 
-def stage_data(session: Session, stage: Stage, own: EncodedRows, replay: Replay | None) -> StageData:
-    """Adds the replayed rows of earlier tasks and plans the batches.
+def stage_data(
+    session: Session, stage: Stage, own: EncodedRows, replay: Replay | None, phase: Phase = Phase(), place: int = 0
+) -> StageData:
+    """Adds the replayed rows of earlier tasks and plans the batches of a phase, the `place`-th of its stage.
 
     Raises:
         UserError: where batch size, buckets or replay do not fit the data.
     """
     settings = session.settings
-    size = batch_size_of(settings.train, stage.name)
+    size = phase.batch_size or batch_size_of(settings.train, stage.name)
+    seed, epochs = stage.number + 100 * place, phase.epochs or settings.train.epochs
     if size % batch_ways(session.mesh):
         ways = batch_ways(session.mesh)
         raise UserError(f"config.train.batch_size={size}: must be a multiple of the {ways} devices that share a batch")
     old = _replayed(session, replay) if replay else []
     if not old:
-        return StageData(own, len(own), _plan(session, own, np.arange(len(own)), size, stage.number, settings.train.max_steps))
+        return StageData(own, len(own), _plan(session, own, np.arange(len(own)), size, seed, settings.train.max_steps, epochs))
     extra = encode_rows(old, session.encoder, settings.data.on_unsupervised)
     rows = _join(own, extra)
     numbers = np.arange(len(rows))
     if replay.mix == "concat":
-        return StageData(rows, len(own), _plan(session, rows, numbers, size, stage.number, settings.train.max_steps))
+        return StageData(rows, len(own), _plan(session, rows, numbers, size, seed, settings.train.max_steps, epochs))
     part = max(1, round(size * replay.share))
-    first = _plan(session, rows, numbers[: len(own)], size - part, stage.number, settings.train.max_steps)
+    first = _plan(session, rows, numbers[: len(own)], size - part, seed, settings.train.max_steps, epochs)
     # There may be fewer replayed rows than their share of one batch: they come again as often as needed.
-    second = _plan(session, rows, numbers[len(own) :], part, stage.number, len(first), remainder="wrap")
+    second = _plan(session, rows, numbers[len(own) :], part, seed, len(first), epochs, remainder="wrap")
     joined = np.concatenate([first.rows, second.rows], axis=1)
     plan = dataclasses.replace(first, rows=joined, bucket=np.maximum(first.bucket, second.bucket))
     return StageData(rows, len(own), plan, separate=True)
@@ -100,22 +104,52 @@ def chosen_batches(session: Session, rows: EncodedRows, numbers: np.ndarray, bat
     buckets = check_buckets(session.settings.data.buckets)
     place = row_buckets(rows.lengths[numbers], rows.labels[numbers], buckets)
     order = np.argsort(place, kind="stable")
-    side, share = session.images.size, batch_size // jax.process_count()
     for start in range(0, len(order), batch_size):
         positions = order[start : start + batch_size]
-        filled = np.resize(positions, batch_size)[jax.process_index() * share : (jax.process_index() + 1) * share]
-        members = [load_row(rows, session.train_loader, int(number)) for number in numbers[filled]]
-        yield positions, collate(members, buckets[place[positions].max()], session.encoder.tokenizer.pad_id, (side, side))
+        filled = _share(np.resize(positions, batch_size))
+        yield positions, _load(session, rows, numbers[filled], buckets[place[positions].max()])
+
+
+def numbered_batches(session: Session, rows: EncodedRows, numbers: np.ndarray, size: int) -> Iterator[Batch]:
+    """Batches of consecutive numbers, which is what a mean over a batch depends on.
+
+    Args:
+        session: the session.
+        rows: where the numbers point.
+        numbers: i64[n] row numbers.
+        size: rows per batch; the last one may have fewer. Rows without labels fill a batch up to a multiple of the devices.
+
+    Yields:
+        This process's share of each batch.
+    """
+    buckets = check_buckets(session.settings.data.buckets)
+    place = row_buckets(rows.lengths[numbers], rows.labels[numbers], buckets)
+    whole = fisher.filled_size(size, batch_ways(session.mesh))
+    for start in range(0, len(numbers), size):
+        chosen = np.arange(start, min(start + size, len(numbers)))
+        batch = _load(session, rows, numbers[_share(np.resize(chosen, whole))], buckets[place[chosen].max()])
+        yield fisher.fill(batch, int((_share(np.arange(whole)) < len(chosen)).sum()))
+
+
+def _share(numbers: np.ndarray) -> np.ndarray:
+    """This process's part of a batch's rows."""
+    share = len(numbers) // jax.process_count()
+    return numbers[jax.process_index() * share : (jax.process_index() + 1) * share]
+
+
+def _load(session: Session, rows: EncodedRows, numbers: np.ndarray, bucket: tuple[int, int]) -> Batch:
+    members = [load_row(rows, session.train_loader, int(number)) for number in numbers]
+    return collate(members, bucket, session.encoder.tokenizer.pad_id, (session.images.size, session.images.size))
 
 
 def _plan(
-    session: Session, rows: EncodedRows, numbers: np.ndarray, size: int, number: int, max_steps: int, remainder: str = ""
+    session: Session, rows: EncodedRows, numbers: np.ndarray, size: int, number: int, max_steps: int, epochs: int, remainder: str = ""
 ) -> BatchPlan:
     data, train = session.settings.data, session.settings.train
     # A seed per stage: with one for all, every stage of equal size would see its rows in the same order.
     plan = plan_batches(
         rows.lengths[numbers], rows.labels[numbers], rows.has_image[numbers], batch_size=size, buckets=data.buckets,
-        seed=session.settings.run.seed * 1000 + number, epochs=train.epochs, max_steps=max_steps, grouping=data.grouping,
+        seed=session.settings.run.seed * 1000 + number, epochs=epochs, max_steps=max_steps, grouping=data.grouping,
         remainder=remainder or data.remainder,
     )
     return dataclasses.replace(plan, rows=numbers[plan.rows])

@@ -44,6 +44,8 @@ class Adapter:
         delta: (name, leaves, layer_context, gates, x[B, T, d_in]) -> delta[B, T, d_out], added to the linear's output.
         layer_gate: (layer_leaves, gates, h[B, T, D]) -> layer_context, computed once per layer from the residual
             stream before the layer; None passes `layer_leaves` through as the context.
+        observe: (name, leaves, layer_context, gates, x) -> pytree, asked at each linear while a prompt is read; what it returns
+            is in the contexts under "linears", where `delta` finds it when the later tokens come one by one.
     """
 
     leaves: PyTree
@@ -51,6 +53,7 @@ class Adapter:
     gates: PyTree
     delta: Callable = dataclasses.field(metadata=dict(static=True))
     layer_gate: Callable | None = dataclasses.field(default=None, metadata=dict(static=True))
+    observe: Callable | None = dataclasses.field(default=None, metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -60,8 +63,9 @@ class CLState:
 
     Attributes:
         params: nested dict of arrays; a mask (`Method.trainable_mask`) says which leaves train in a phase.
-        memory: nested dict of read-only arrays (recall features and targets, Fisher, anchors, teacher).
-        carry: nested dict of small running statistics.
+        memory: nested dict of arrays that the training step reads (recall features and targets, Fisher, anchors, teacher). Its paths,
+            shapes and dtypes are those of the first stage throughout: the step is compiled once for the whole sequence.
+        carry: nested dict of what the training step does not see (running statistics, old projectors); it may grow.
         stage: int32 scalar, index of the current task counted from 0 (an array, so that one program serves all stages).
     """
 

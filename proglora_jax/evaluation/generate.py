@@ -50,6 +50,7 @@ def generate(
     projector: Mapping | None = None,
     with_images: bool = True,
     regate: bool = False,
+    embedded: jax.Array | None = None,
 ) -> Generated:
     """Generates the most probable next token until EOS or the cap; pure, to be called under jax.jit.
 
@@ -69,12 +70,15 @@ def generate(
         with_images: False skips the vision tower for a batch without images; static.
         regate: ask `make_adapter` again for every new token, with that token's embedding alone and {"new_token": True} in the batch
             (what ProgLoRA's released code does); static.
+        embedded: [B, T, D] embeddings of the prompts where the caller has made them; the vision tower is not asked then.
 
     Returns:
         Generated(tokens, count, hit_cap).
     """
-    features = llava.project(llava.encode_image(batch["image"]), projector) if with_images else None
-    x = llava.embed(batch["tokens"], features)  # [B, T, D]
+    if embedded is None:
+        features = llava.project(llava.encode_image(batch["image"]), projector) if with_images else None
+        embedded = llava.embed(batch["tokens"], features)
+    x = embedded  # [B, T, D]
     adapter = None if make_adapter is None else make_adapter(x, batch)
     length = batch["length"]
     rows, prompt = batch["tokens"].shape

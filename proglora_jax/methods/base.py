@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,83 +16,13 @@ from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data.errors import UserError
 from proglora_jax.methods.routing import Routing
+from proglora_jax.methods.views import GateInputs, Passes, Phase, Probe, Replay, TaskInfo
 
 ADAPTER, GATE, PROJECTOR = "adapter", "gate", "mm_projector"
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class GateInputs:
-    """What gates and extra losses may look at in a batch.
-
-    Attributes:
-        embeddings: [B, T, D] input embeddings, image features in place.
-        segments: i8[B, T] segment codes of data/batch.py.
-        task_id: i32[B]; only methods that declare `uses_task_id` may read it.
-        stage: i32[] index of the current task.
-        progress: f32[] share of the phase's steps done, 1 outside training.
-        training: whether this is a training step (static).
-        routed: [B, T, D] hidden states that route where `routing_layer` > 0, else None.
-        contexts: what the layers decided for themselves, stacked [L, ...], where the method `gates_in_layers`; for `probe` only.
-    """
-
-    embeddings: jax.Array
-    segments: jax.Array
-    task_id: jax.Array
-    stage: jax.Array
-    progress: jax.Array
-    training: bool = dataclasses.field(metadata=dict(static=True))
-    routed: jax.Array | None = None
-    contexts: PyTree = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskInfo:
-    """The current task as a method sees it (host side).
-
-    Attributes:
-        index: place in the sequence, from 0.
-        name: the task's name.
-        total: number of tasks in the sequence.
-        size: number of training examples.
-        similarity: f32[index] similarity to each earlier task in [0, 1] (empty for the first); NaN for methods that do not declare
-            `uses_similarity`.
-        seed: the run's seed.
-    """
-
-    index: int
-    name: str
-    total: int
-    size: int
-    similarity: np.ndarray
-    seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """One training phase of a stage; every phase sees the stage's data once per epoch."""
-
-    name: str = "train"
-
-
-@dataclasses.dataclass(frozen=True)
-class Replay:
-    """Which old examples are mixed into a stage's data.
-
-    Attributes:
-        counts: examples of each earlier task.
-        weight: loss weight of a replayed example.
-        mix: "concat" (shuffled into the data) or "separate_batch" (own rows in each batch, own mean, added to the loss).
-        share: share of a batch's rows that "separate_batch" gives to replay.
-    """
-
-    counts: tuple[int, ...]
-    weight: float
-    mix: str
-    share: float = 0.25
-
-
-Probe = Callable[[CLState, np.ndarray], dict[str, np.ndarray]]
+__all__ = [
+    "ADAPTER", "GATE", "PROJECTOR", "Adapter", "GateInputs", "Method", "Passes", "Phase", "Probe", "Replay", "TaskInfo",
+    "check_contract", "pooled_delta", "require", "require_choice",
+]
 
 
 def pooled_delta(name, leaves, context, gates, x, *, scale: float, mix: str, rate: float):
@@ -114,7 +44,7 @@ class Method:
         rank: ranks of one block, r.
         alpha: the delta is scaled by alpha / rank.
         dropout: rate on the adapter's input while training.
-        a_init: "normal001" or "kaiming", see `lowrank.init_block`.
+        a_init: "normal001", "kaiming" or "fan_in", see `lowrank.draw_factor`.
         train_mm_projector: whether the mm_projector trains and is carried from stage to stage.
     """
 
@@ -130,12 +60,16 @@ class Method:
     routing_layer: ClassVar[int] = 0
     regates: ClassVar[bool] = False
     gates_in_layers: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
+    wants_image: ClassVar[bool] = False
+    adapts_projector: ClassVar[bool] = False
+    blocks_are_tasks: ClassVar[bool] = True
 
     def __post_init__(self):
         require(self.rank >= 1, "rank", self.rank, "rank must be >= 1 (ProgLoRA uses 16)")
         require(self.alpha > 0, "alpha", self.alpha, "alpha must be positive (2 * rank in the papers)")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "dropout must be in [0, 1)")
-        require_choice("a_init", self.a_init, ("normal001", "kaiming"))
+        require_choice("a_init", self.a_init, lowrank.INITS)
 
     @property
     def uses_similarity(self) -> bool:
@@ -174,6 +108,35 @@ class Method:
         prefixes = self.trainable(info) + ((PROJECTOR,) if self.train_mm_projector else ())
         return trees.mask_by_prefix(state.params, prefixes)
 
+    def phase_mask(self, state: CLState, info: TaskInfo, phase: Phase) -> dict[str, bool]:
+        """{path: whether it trains} in one phase; the same in all of them unless a method says otherwise."""
+        del phase
+        return self.trainable_mask(state, info)
+
+    def skips(self, state: CLState, info: TaskInfo, phase: Phase) -> bool:
+        """Whether there is nothing to do in a phase."""
+        del state, info, phase
+        return False
+
+    def after_phase(self, state: CLState, info: TaskInfo, phase: Phase, probe: Probe) -> CLState:
+        """State after one phase, also after one that was skipped."""
+        del info, phase, probe
+        return state
+
+    def update_factors(self, memory: PyTree) -> dict[str, jax.Array]:
+        """{path or prefix of paths: f32 factors along the leaf's first axes} on the updates; an entry with factor 0 rests bit by bit."""
+        del memory
+        return {}
+
+    def update_running(self, running: PyTree, seen: PyTree, draw: jax.Array, stage: jax.Array) -> PyTree:
+        """Running statistics after a step; `seen` is what the step logs (or what `feature_loss` observed), `draw` the step's key."""
+        del seen, draw, stage
+        return running
+
+    def feature_loss(self, params: PyTree, memory: PyTree, features: jax.Array, stage: jax.Array):
+        """Loss of a phase on features [B, ...]: (f32[], {name: f32[]} to log, pytree for `update_running`)."""
+        raise NotImplementedError(f"{self.name} has no phase on features")
+
     def group(self, path: str) -> str:
         """The learning-rate group of a parameter: "adapter", "gate" or "mm_projector"."""
         return PROJECTOR if path.startswith(PROJECTOR) else ADAPTER
@@ -200,13 +163,27 @@ class Method:
         layer = {"dropout_key": jax.random.split(key, layers)} if rate else {}
         return Adapter(leaves, layer, gates, partial(pooled_delta, scale=self.scale, mix=self.mix(), rate=rate))
 
+    def projector_adapter(self, params: PyTree, gates: PyTree) -> Adapter | None:
+        """Adapter of the mm_projector, where the method `adapts_projector`; its gates are then made before there are image features."""
+        del params, gates
+        return None
+
+    def shown_gates(self, gates: PyTree, contexts: PyTree) -> jax.Array:
+        """f32[B|1, M] gates that are recorded of a prompt: mean over the layers where each has its own."""
+        return contexts["blocks"].mean(axis=0) if self.gates_in_layers else gates["blocks"]
+
     def mix(self) -> str:
         """How blocks are fused, see `lowrank.mix_ranks`."""
         return "delta"
 
-    def extra_loss(self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """A loss added to the cross-entropy of each micro-batch, and what to log of it."""
-        del params, memory, inputs, key
+    def extra_loss(
+        self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array, passes: Passes | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """A loss added to the cross-entropy of each micro-batch, and what to log of it.
+
+        The training step always gives `passes`: what this batch's forward pass gave, and a way to run it again with other parameters.
+        """
+        del params, memory, inputs, key, passes
         return jnp.float32(0), {}
 
     def probe(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> dict[str, jax.Array]:

@@ -15,7 +15,7 @@ from proglora_jax.core.types import CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
 from proglora_jax.data import replay
 from proglora_jax.methods import layer_routing
-from proglora_jax.methods.base import ADAPTER, GATE, PROJECTOR, GateInputs, Probe, TaskInfo, require, require_choice
+from proglora_jax.methods.base import ADAPTER, GATE, PROJECTOR, GateInputs, Passes, Probe, TaskInfo, require, require_choice
 from proglora_jax.methods.pooled import Pooled
 from proglora_jax.methods.routing import Routing, of_prompt
 
@@ -203,7 +203,7 @@ class ProgLoRADynamic(Pooled):
     def _recomputed(self, state: CLState, info: TaskInfo) -> jax.Array:
         targets = state.memory["targets"]
         for task in range(info.index):
-            projector = state.memory["projectors"][f"task_{task:02d}"]
+            projector = state.carry["projectors"][f"task_{task:02d}"]
             params = state.params | {"query_projector": projector}
             logits = self._memory_logits(params, state.memory["features"][task], jnp.int32(info.index))
             targets = targets.at[task].set(gating.block_softmax(logits, jnp.int32(task)))
@@ -278,7 +278,7 @@ class ProgLoRADynamic(Pooled):
         split = lambda weights, stage: self.split_gates(params, weights, stage)
         return layer_routing.attach(adapter, params, self.weights, split)
 
-    def extra_loss(self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array):
+    def extra_loss(self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array, passes: Passes | None = None):
         """lambda * KL between the stored gates of old samples and what the router now gives them, and the matching loss by flag."""
         loss, logged = jnp.float32(0), {}
         if self.recall_enabled:
@@ -322,18 +322,20 @@ class ProgLoRADynamic(Pooled):
         memory = dict(state.memory)
         memory["features"] = memory["features"].at[info.index, :count].set(seen["z"])
         memory["targets"] = memory["targets"].at[info.index, :count].set(seen["w"])
-        if self.recall_targets == "recompute":
-            kept = {f"task_{info.index:02d}": state.params["query_projector"]}
-            memory["projectors"] = memory.get("projectors", {}) | kept
-        return dataclasses.replace(state, memory=memory)
+        state = dataclasses.replace(state, memory=memory)
+        if self.recall_targets != "recompute":
+            return state
+        # Not in the memory: they are many more from task to task, and the training step, which reads the memory, is compiled once.
+        kept = {f"task_{info.index:02d}": state.params["query_projector"]}
+        return dataclasses.replace(state, carry=state.carry | {"projectors": state.carry.get("projectors", {}) | kept})
 
     def to_disk(self, state: CLState):
         """The new block, keys, query projector, and the memory of this task."""
         stage = int(state.stage)
         memory = {f"task_{stage:02d}": {name: state.memory[name][stage] for name in ("features", "targets")}}
         tree = super().to_disk(state) | {"memory": memory}
-        if self.recall_targets == "recompute" and "projectors" in state.memory:
-            tree["projectors"] = {f"task_{stage:02d}": state.memory["projectors"][f"task_{stage:02d}"]}
+        if "projectors" in state.carry:
+            tree["projectors"] = {f"task_{stage:02d}": state.carry["projectors"][f"task_{stage:02d}"]}
         return tree
 
     def from_disk(self, tree, fresh: CLState, stage: int) -> CLState:
@@ -343,9 +345,8 @@ class ProgLoRADynamic(Pooled):
         for task in range(stage + 1):
             for name in ("features", "targets"):
                 memory[name] = jnp.asarray(memory[name]).at[task].set(tree["memory"][f"task_{task:02d}"][name])
-        if "projectors" in tree:
-            memory["projectors"] = tree["projectors"]
-        return dataclasses.replace(state, memory=memory)
+        carry = state.carry | ({"projectors": tree["projectors"]} if "projectors" in tree else {})
+        return dataclasses.replace(state, memory=memory, carry=carry)
 
     def fold(self, state: CLState, task: int) -> PyTree:
         """Not possible: the gates depend on each sample's instruction."""

@@ -4,11 +4,35 @@ from __future__ import annotations
 
 from proglora_jax.data.errors import UserError
 from proglora_jax.methods.base import Method
+from proglora_jax.methods.branchlora import BranchLoRA
+from proglora_jax.methods.ewc import EWC
 from proglora_jax.methods.lora import LoRA, MultiTask, ZeroShot
+from proglora_jax.methods.lwf import LwF
+from proglora_jax.methods.mocl import MoCL
+from proglora_jax.methods.moelora import MoELoRA
+from proglora_jax.methods.olora import OLoRA
+from proglora_jax.methods.pclr import PCLR
 from proglora_jax.methods.proglora import ProgLoRADynamic
+from proglora_jax.methods.proglora_light import ProgLoRALight
 from proglora_jax.methods.proglora_static import ProgLoRAStatic
+from proglora_jax.methods.sema import SEMA
 
-_ROWS: tuple[type[Method], ...] = (ZeroShot, MultiTask, LoRA, ProgLoRADynamic, ProgLoRAStatic)
+_ROWS: tuple[type[Method], ...] = (
+    ZeroShot,
+    MultiTask,
+    LoRA,
+    MoELoRA,
+    LwF,
+    EWC,
+    OLoRA,
+    SEMA,
+    MoCL,
+    BranchLoRA,
+    PCLR,
+    ProgLoRAStatic,
+    ProgLoRADynamic,
+    ProgLoRALight,
+)
 
 
 def _table(rows: tuple[type[Method], ...]) -> dict[str, type[Method]]:

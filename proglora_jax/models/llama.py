@@ -125,8 +125,9 @@ class Llama(nnx.Module):
         def body(h: jax.Array, scanned: tuple):
             layer, own, once = scanned
             context = _context(adapter, once, h)
-            h, kept = layer(h, _adapted(layer, adapter, own, context), rotation, attend)
-            return h, (kept, context) if cache_size else None
+            seen: dict[str, Any] = {}
+            h, kept = layer(h, _adapted(layer, adapter, own, context, seen if cache_size else None), rotation, attend)
+            return h, (kept, {**context, "linears": seen} if seen else context) if cache_size else None
 
         h, kept = stack.scan(body, x, (self.layers, leaves, layer_leaves), policy=remat, unroll=settings.unroll)
         if not cache_size:
@@ -177,13 +178,15 @@ def _context(adapter: Adapter | None, layer_leaves: Any, h: jax.Array) -> Any:
     return adapter.layer_gate(layer_leaves, adapter.gates, h)
 
 
-def _adapted(layer: LlamaLayer, adapter: Adapter | None, leaves: Any, context: Any) -> Callable:
-    """The layer's linears by name, each with its adapter's delta added in the output's dtype."""
+def _adapted(layer: LlamaLayer, adapter: Adapter | None, leaves: Any, context: Any, seen: dict[str, Any] | None = None) -> Callable:
+    """The layer's linears by name, each with its adapter's delta added in the output's dtype; `seen` takes what the adapter observes."""
 
     def linear(name: str, x: jax.Array) -> jax.Array:
         y = getattr(layer, name)(x)
         if name not in leaves:
             return y
+        if seen is not None and adapter.observe is not None:
+            seen[name] = adapter.observe(name, leaves[name], context, adapter.gates, x)
         return y + adapter.delta(name, leaves[name], context, adapter.gates, x).astype(y.dtype)
 
     return linear

@@ -79,6 +79,12 @@ class Llava(nnx.Module):
         states = self.vision_states(image, trainable=trainable)
         return states if self.config.vision_feature_select_strategy == "full" else states[:, 1:]
 
+    def image_parts(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Features for the projector and the class token as a summary, one pass of the tower: ([B, P, Dv], f32[B, Dv])."""
+        states = self.vision_states(image)
+        full = self.config.vision_feature_select_strategy == "full"
+        return states if full else states[:, 1:], states[:, 0].astype(jnp.float32)
+
     def image_summary(self, image: jax.Array, *, pool: str = "class") -> jax.Array:
         """One vector per image from the feature layer, f32[B, Dv].
 
@@ -96,21 +102,27 @@ class Llava(nnx.Module):
             return jnp.mean(states[:, 1:], axis=1)
         raise ValueError(f"pool={pool!r} is unknown: choose class or mean")
 
-    def project(self, features: jax.Array, projector: Mapping | None = None) -> jax.Array:
+    def project(self, features: jax.Array, projector: Mapping | None = None, adapter: Adapter | None = None) -> jax.Array:
         """Maps image features to the language model's width.
 
         Args:
             features: [B, P, Dv].
             projector: {"linear_1": {"kernel", "bias"}, "linear_2": {...}} in place of the stored projector; None takes that one.
+            adapter: low-rank adapter of the two linears, named as above; its leaves have no leading axis.
 
         Returns:
             [B, P, D] in the compute dtype.
         """
         parts = self.projector_params() if projector is None else projector
-        x = features.astype(self.settings.dtype)
-        x = dense(x, parts["linear_1"]["kernel"], parts["linear_1"].get("bias"))
-        x = activation(self.config.projector_hidden_act)(x)
-        return dense(x, parts["linear_2"]["kernel"], parts["linear_2"].get("bias"))
+
+        def linear(name: str, x: jax.Array) -> jax.Array:
+            y = dense(x, parts[name]["kernel"], parts[name].get("bias"))
+            if adapter is None or name not in adapter.leaves:
+                return y
+            return y + adapter.delta(name, adapter.leaves[name], adapter.layer, adapter.gates, x).astype(y.dtype)
+
+        x = linear("linear_1", features.astype(self.settings.dtype))
+        return linear("linear_2", activation(self.config.projector_hidden_act)(x))
 
     def projector_params(self) -> dict[str, dict[str, jax.Array]]:
         """The stored projector as a nested dict, the form that `project` takes."""

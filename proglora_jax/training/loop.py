@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import PyTree
 from proglora_jax.data.errors import UserError
-from proglora_jax.methods.base import ADAPTER, Method
+from proglora_jax.methods.base import ADAPTER, Method, Phase
 from proglora_jax.training import optim
 from proglora_jax.training.log import RunLogger
 from proglora_jax.training.settings import TrainSettings
@@ -53,12 +53,13 @@ class StopSignal:
 
 @dataclasses.dataclass
 class PhaseState:
-    """What a phase changes: trainable parameters, optimizer state, and steps done."""
+    """What a phase changes: trainable parameters, optimizer state, the method's running statistics, and steps done."""
 
     trainable: PyTree
     optimizer: PyTree
     step: int = 0
     loss: float = math.nan
+    running: PyTree = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,7 @@ class PhasePlan:
         example_name: (task id, index) -> the example's name, for messages.
         save_every: steps between two saves of the progress.
         name: of the stage, for messages.
+        phase: what the method asks of the phase.
     """
 
     stage: int
@@ -80,6 +82,7 @@ class PhasePlan:
     example_name: Callable[[int, int], str]
     save_every: int
     name: str = ""
+    phase: Phase = Phase()
 
 
 def train_phase(
@@ -128,13 +131,14 @@ def train_phase(
             if state.step > first and jax.process_count() == 1:  # saving is for all processes together, and the others have their batch
                 save(state)
             raise
-        rates = optim.learning_rates(train, method, state.step, plan.total)
+        rates = optim.learning_rates(train, method, state.step, plan.total, plan.phase)
         control = {
             "stage": np.int32(plan.stage), "step": np.int32(state.step), "progress": np.float32(state.step / plan.total),
-            "key": key, "rates": {name: np.float32(rate) for name, rate in rates.items()},
+            "key": key, "rates": {name: np.float32(rate) for name, rate in rates.items()}, "running": state.running,
         }
         state.trainable, state.optimizer, metrics = step_function(
             state.trainable, state.optimizer, frozen, memory, llava, meshes.put_batch(batch, mesh), control)
+        state.running = metrics.pop("running", state.running)
         state.step += 1
         tokens += int(batch["length"].sum()) * jax.process_count()
         waiting.append((state.step, metrics, batch["task_id"], batch["example"]))
@@ -159,12 +163,12 @@ def train_phase(
     return state
 
 
-def start_phase(trainable: PyTree, train: TrainSettings, mesh: Mesh) -> PhaseState:
+def start_phase(trainable: PyTree, train: TrainSettings, mesh: Mesh, running: PyTree | None = None) -> PhaseState:
     """A phase's state at its beginning: a fresh optimizer (no optimizer state crosses a stage)."""
     optimizer = optim.transform(train).init(trainable)
     # A copy, because the step donates these arrays, and every stage of an isolated run begins with the same ones.
     own = jax.tree.map(jnp.copy, meshes.put_replicated(trainable, mesh))
-    return PhaseState(own, meshes.put_replicated(optimizer, mesh))
+    return PhaseState(own, meshes.put_replicated(optimizer, mesh), running=meshes.put_replicated(running or {}, mesh))
 
 
 def memory_peak() -> int | None:

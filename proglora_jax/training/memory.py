@@ -180,5 +180,5 @@ def _control(settings: Settings) -> PyTree:
     return {
         "stage": jax.ShapeDtypeStruct((), jnp.int32), "step": jax.ShapeDtypeStruct((), jnp.int32),
         "progress": jax.ShapeDtypeStruct((), jnp.float32), "key": jax.eval_shape(lambda: jax.random.key(0)),
-        "rates": {name: jax.ShapeDtypeStruct((), jnp.float32) for name in rates},
+        "rates": {name: jax.ShapeDtypeStruct((), jnp.float32) for name in rates}, "running": {},
     }

@@ -10,7 +10,7 @@ import optax
 
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import PyTree
-from proglora_jax.methods.base import ADAPTER, GATE, PROJECTOR, Method
+from proglora_jax.methods.base import ADAPTER, GATE, PROJECTOR, Method, Phase
 from proglora_jax.training.settings import TrainSettings
 
 
@@ -41,20 +41,27 @@ def schedule_factor(settings: TrainSettings, step: int, total: int) -> float:
     return 1.0
 
 
-def learning_rates(settings: TrainSettings, method: Method, step: int, total: int) -> dict[str, float]:
-    """Learning rate of each group at a step: adapter, gate (times the method's multiplier) and mm_projector."""
+def learning_rates(settings: TrainSettings, method: Method, step: int, total: int, phase: Phase | None = None) -> dict[str, float]:
+    """Learning rate of each group at a step: adapter (a phase may have its own), gate (times the method's multiplier), mm_projector."""
     factor = schedule_factor(settings, step, total)
+    rate = (phase.learning_rate if phase else 0.0) or settings.learning_rate
     return {
-        ADAPTER: settings.learning_rate * factor,
-        GATE: settings.learning_rate * method.gate_multiplier() * factor,
+        ADAPTER: rate * factor,
+        GATE: rate * method.gate_multiplier() * factor,
         PROJECTOR: settings.projector_learning_rate * factor,
     }
 
 
-def apply_rates(updates: PyTree, method: Method, rates: dict[str, jax.Array]) -> PyTree:
-    """Multiplies each update by minus the learning rate of its group."""
-    flat = trees.flatten(updates)
-    return trees.unflatten({path: -rates[method.group(path)] * update for path, update in flat.items()})
+def apply_rates(updates: PyTree, method: Method, rates: dict[str, jax.Array], memory: PyTree) -> PyTree:
+    """Multiplies each update by minus the learning rate of its group, and by the method's factors on single entries."""
+    factors = method.update_factors(memory)
+    scaled = {path: -rates[method.group(path)] * update for path, update in trees.flatten(updates).items()}
+    # Chosen, not multiplied: an entry that rests must stay as it is even where its update is not finite.
+    for prefix, factor in factors.items():
+        for path in [path for path in scaled if path == prefix or path.startswith(prefix + "/")]:
+            own = factor.reshape(factor.shape + (1,) * (scaled[path].ndim - factor.ndim))
+            scaled[path] = jnp.where(own != 0, own * scaled[path], 0.0)
+    return trees.unflatten(scaled)
 
 
 def global_norm(tree: PyTree) -> jax.Array:

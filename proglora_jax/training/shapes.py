@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +14,11 @@ from proglora_jax.core import tree as trees
 from proglora_jax.core.types import CLState, PyTree
 from proglora_jax.data.batch import collate
 from proglora_jax.methods.base import Method, TaskInfo
+from proglora_jax.methods.views import Probe
 from proglora_jax.models.layers import Settings as ModelOptions
 from proglora_jax.models.llava import Llava, abstract_llava
 from proglora_jax.models.presets import LlavaConfig
+from proglora_jax.training import fisher
 from proglora_jax.training.console import ParameterRow, parameter_table
 from proglora_jax.training.settings import ModelSettings
 from proglora_jax.training.step import make_probe
@@ -61,19 +63,24 @@ def abstract_stages(method: Method, llava: Llava, tasks: Sequence[str], sizes: S
         state = jax.eval_shape(lambda state: method.start_task(state, info, probe), state)
         yield StageShapes(info, state, method.trainable_mask(state, info))
         if size:
+            for phase in method.phases(info):
+                state = jax.eval_shape(lambda state: method.after_phase(state, info, phase, probe), state)
             state = jax.eval_shape(lambda state: method.end_task(state, info, probe), state)
 
 
-def _abstract_probe(method: Method, llava: Llava, mesh: Mesh) -> Callable[[CLState, np.ndarray], dict[str, jax.Array]]:
-    """`Method.probe` on any number of samples, for its shapes: zeros, or tracers under jax.eval_shape."""
+def _abstract_probe(method: Method, llava: Llava, mesh: Mesh) -> Probe:
+    """The probe on any number of samples, for its shapes: zeros, or tracers under jax.eval_shape."""
 
-    def probe(state: CLState, rows: np.ndarray) -> dict[str, jax.Array]:
+    def samples(state: CLState, rows: np.ndarray) -> dict[str, jax.Array]:
         batch = abstract_batch(1, (llava.config.image_tokens + 1, 1), llava.config.vision_config.image_size)
         like = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), tree)
         out = jax.eval_shape(make_probe(method, mesh), like(state.params), like(state.memory), llava, batch, like(state.stage))
         return {name: jnp.zeros((len(rows), *leaf.shape[1:]), leaf.dtype) for name, leaf in out.items()}
 
-    return probe
+    def squared_gradients(state: CLState, rows: np.ndarray, size: int, kind: str, names: tuple[str, ...]) -> PyTree:
+        return fisher.zeros(state.params, names)
+
+    return Probe(samples, squared_gradients)
 
 
 def parameter_rows(params: PyTree, mask: Mapping[str, bool], backbone: Mapping[str, Any], stage: int) -> list[ParameterRow]:

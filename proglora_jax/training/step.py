@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from proglora_jax.core import tree as trees
 from proglora_jax.core.types import PyTree
 from proglora_jax.data.batch import INSTRUCTION
 from proglora_jax.evaluation.generate import generate
-from proglora_jax.methods.base import PROJECTOR, GateInputs, Method
+from proglora_jax.methods.base import PROJECTOR, GateInputs, Method, Phase
+from proglora_jax.methods.views import Pass, Passes
 from proglora_jax.training import losses, optim
 from proglora_jax.training.settings import TrainSettings
 
@@ -29,17 +30,55 @@ def embed_batch(llava: Any, params: PyTree, batch: Batch) -> jax.Array:
     return llava.embed(batch["tokens"], features)
 
 
-def gate_inputs(llava: Any, method: Method, x: jax.Array, batch: Batch, stage: jax.Array, progress=1.0, training=False) -> GateInputs:
-    """What the method's gates may see of a batch."""
+def gate_inputs(llava: Any, method: Method, x: jax.Array, batch: Batch, stage: jax.Array, **known: Any) -> GateInputs:
+    """What the method's gates may see of a batch; `known` are further fields of GateInputs."""
     segments = batch["segments"]
     if batch.get("new_token"):  # one generated token on its own: it is all the instruction there is
         segments = jnp.full(x.shape[:2], INSTRUCTION, segments.dtype)
     routed = llava.hidden_after(x, method.routing_layer) if method.routing_layer else None
-    return GateInputs(x, segments, batch["task_id"], stage, jnp.float32(progress), training, routed)
+    known = {"progress": jnp.float32(1), "training": False} | known
+    return GateInputs(x, segments, batch["task_id"], stage, routed=routed, image_mask=batch.get("image_mask"), **known)
+
+
+class Sight(NamedTuple):
+    """A batch as a method sees it.
+
+    Attributes:
+        inputs: what its gates see; the embeddings have image features in place.
+        gates: what it makes of them.
+        features: [B, P, Dv] of the vision tower.
+    """
+
+    inputs: GateInputs
+    gates: PyTree
+    features: jax.Array
+
+
+def look(llava: Any, method: Method, params: PyTree, memory: PyTree, batch: Batch, stage: jax.Array, **known: Any) -> Sight:
+    """Runs the vision tower, the projector and the method's gates; `known` as for `gate_inputs`."""
+    if method.wants_image:
+        features, known["image"] = llava.image_parts(batch["image"])
+    else:
+        features = llava.encode_image(batch["image"])
+    return _see(llava, method, params, memory, features, batch, stage, None, known)
+
+
+def _see(llava, method, params, memory, features, batch, stage, gates, known) -> Sight:
+    """The rest of `look` from the tower's features on; `gates` stand in for the method's own."""
+    if method.adapts_projector:  # its gates cannot depend on what they change
+        if gates is None:
+            gates = method.gates(params, memory, gate_inputs(llava, method, llava.embed(batch["tokens"], None), batch, stage, **known))
+        adapter = method.projector_adapter(params, gates)
+        x = llava.embed(batch["tokens"], llava.project(features, params[PROJECTOR], adapter))
+    else:
+        x = llava.embed(batch["tokens"], llava.project(features, params[PROJECTOR]))  # [B, T, D]
+    inputs = gate_inputs(llava, method, x, batch, stage, **known)
+    return Sight(inputs, method.gates(params, memory, inputs) if gates is None else gates, features)
 
 
 def batch_losses(
-    llava: Any, method: Method, remat: str, params: PyTree, memory: PyTree, batch: Batch, scale: jax.Array, control: PyTree, share: float
+    llava: Any, method: Method, remat: str, params: PyTree, memory: PyTree, batch: Batch, scale: jax.Array, control: PyTree, share: float,
+    phase: Phase = Phase(),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of some rows of a batch.
 
@@ -51,35 +90,54 @@ def batch_losses(
         memory: the method's memory.
         batch: rows of a Batch.
         scale: f32[B] from `losses.row_scales`.
-        control: {"stage": i32[], "progress": f32[], "key": PRNG key}.
+        control: {"stage": i32[], "progress": f32[], "key": PRNG key} and, where there are, "draw" and "running" of GateInputs.
         share: share of the whole batch's rows, the weight of the extra loss.
+        phase: what the loss consists of.
 
     Returns:
-        (f32[] summed loss, {"ce": f32[], ...what the extra loss logs}).
+        (f32[] summed loss, {"ce": f32[] where it counts, ...what the extra loss logs}).
     """
-    x = embed_batch(llava, params, batch)  # [B, T, D]
-    inputs = gate_inputs(llava, method, x, batch, control["stage"], control["progress"], training=True)
-    gates = method.gates(params, memory, inputs)
-    adapter = method.adapter(params, gates, trees.fold_in_name(control["key"], "dropout"))
-    hidden = llava.decode(x, adapter=adapter, remat=remat).hidden
-    logits = llava.logits(losses.gather_positions(hidden, batch["label_index"]))  # [B, K, V]
-    nll = losses.token_nll(logits, batch["labels"], batch["label_mask"])
+    stage, seen = control["stage"], {"phase": phase.kind, "running": control.get("running", {})}
+    sight = look(llava, method, params, memory, batch, stage, progress=control["progress"], training=True, draw=control.get("draw"), **seen)
+    inputs, gates = sight.inputs, sight.gates
+    student = _label_pass(llava, method, remat, params, gates, inputs.embeddings, batch, trees.fold_in_name(control["key"], "dropout"))
+    nll = losses.token_nll(student.logits, batch["labels"], batch["label_mask"])
     ce = (nll.sum(axis=1) * scale).sum()
-    extra, logged = method.extra_loss(params, memory, inputs, trees.fold_in_name(control["key"], "extra"))
+
+    def again(params: PyTree, gates: PyTree | None = None, key: jax.Array | None = None) -> Pass:
+        other = _see(llava, method, params, memory, sight.features, batch, stage, gates, {"image": inputs.image, "phase": phase.kind})
+        return _label_pass(llava, method, remat, params, other.gates, other.inputs.embeddings, batch, key)
+
+    passes = Passes(student, batch["labels"], batch["label_mask"], scale / share, llava.logits, again)
+    extra, logged = method.extra_loss(params, memory, inputs, trees.fold_in_name(control["key"], "extra"), passes)
     blocks = gates["blocks"]
     if blocks.shape[-1] > 1:  # how much of a training sample the newest block gets
-        logged = logged | {"newest_gate": jnp.take(blocks, control["stage"], axis=1).mean()}
+        logged = logged | {"newest_gate": jnp.take(blocks, stage, axis=1).mean()}
     logged = {name: share * value for name, value in logged.items()}
-    return ce + share * extra, {"ce": ce} | logged
+    return (ce + share * extra, {"ce": ce} | logged) if phase.cross_entropy else (share * extra, logged)
 
 
-def make_train_step(method: Method, train: TrainSettings, remat: str, separate_replay: bool, mesh: Mesh) -> Callable:
-    """The training step of a whole sequence: compiled once, since stage, step and learning rates are arguments.
+def _label_pass(llava: Any, method: Method, remat: str, params: PyTree, gates: PyTree, x: jax.Array, batch: Batch, key: Any) -> Pass:
+    """The backbone with the method's adapter on embeddings x[B, T, D]; scores at the label positions."""
+    states = llava.decode(x, adapter=method.adapter(params, gates, key), remat=remat).hidden
+    hidden = losses.gather_positions(states, batch["label_index"])  # [B, K, D]
+    return Pass(states, hidden, llava.logits(hidden))
+
+
+def make_train_step(
+    method: Method, train: TrainSettings, remat: str, separate_replay: bool, mesh: Mesh, phase: Phase = Phase()
+) -> Callable:
+    """The training step of a kind of phase in a whole sequence: compiled once, since stage, step and learning rates are arguments.
 
     Returns:
         (trainable, opt_state, frozen, memory, llava, batch, control) -> (trainable, opt_state, metrics); the first two are
-        donated. `control` is {"stage": i32[], "step": i32[], "progress": f32[], "key": key, "rates": {group: f32[]}}.
+        donated. `control` is {"stage": i32[], "step": i32[], "progress": f32[], "key": key, "rates": {group: f32[]}}, and "running",
+        the statistics that the step updates: those after it are in the metrics under that name. In a phase on features the batch
+        holds these alone.
     """
+    if phase.features:
+        return _make_feature_step(method, train, mesh)
+
     optimizer = optim.transform(train)
 
     def loss_and_gradients(trainable, frozen, memory, llava, batch, control):
@@ -90,10 +148,10 @@ def make_train_step(method: Method, train: TrainSettings, remat: str, separate_r
 
         def loss(trainable, rows, scale, key):
             params = trees.merge(frozen, trainable)
-            return batch_losses(llava, method, remat, params, memory, rows, scale, control | {"key": key}, share)
+            return batch_losses(llava, method, remat, params, memory, rows, scale, control | {"key": key, "draw": draw}, share, phase)
 
         gradient = jax.value_and_grad(loss, has_aux=True)
-        key = jax.random.fold_in(control["key"], control["step"])
+        key = draw = jax.random.fold_in(control["key"], control["step"])
         if parts == 1:
             return gradient(trainable, dict(batch), scale, key)
         # Each device keeps its own rows: consecutive rows go to different parts.
@@ -109,26 +167,58 @@ def make_train_step(method: Method, train: TrainSettings, remat: str, separate_r
 
     def step(trainable, opt_state, frozen, memory, llava, batch, control):
         (loss, logged), gradients = loss_and_gradients(trainable, frozen, memory, llava, batch, control)
-        updates, opt_state = optimizer.update(gradients, opt_state, trainable)
-        trainable = optax.apply_updates(trainable, optim.apply_rates(updates, method, control["rates"]))
+        trainable, opt_state = _update(method, optimizer, gradients, trainable, opt_state, memory, control)
         tokens = batch["label_mask"].sum()
         metrics = logged | {"loss": loss, "grad_norm": optim.global_norm(gradients), "supervised_tokens": tokens}
-        return trainable, opt_state, metrics
+        return trainable, opt_state, metrics | _running(method, control, logged)
 
     same = meshes.replicated(mesh)
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=(same, same, same))
+
+
+def _make_feature_step(method: Method, train: TrainSettings, mesh: Mesh) -> Callable:
+    """As `make_train_step`, for a phase on features."""
+    optimizer = optim.transform(train)
+
+    def step(trainable, opt_state, frozen, memory, llava, batch, control):
+        del llava
+
+        def loss(trainable):
+            total, logged, seen = method.feature_loss(trees.merge(frozen, trainable), memory, batch["features"], control["stage"])
+            return total, (logged, seen)
+
+        (total, (logged, seen)), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
+        trainable, opt_state = _update(method, optimizer, gradients, trainable, opt_state, memory, control)
+        metrics = logged | {"loss": total, "grad_norm": optim.global_norm(gradients)}
+        return trainable, opt_state, metrics | _running(method, control, seen)
+
+    same = meshes.replicated(mesh)
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(same, same, same))
+
+
+def _update(method, optimizer, gradients, trainable, opt_state, memory, control) -> tuple[PyTree, PyTree]:
+    """Parameters and optimizer state after a step."""
+    updates, opt_state = optimizer.update(gradients, opt_state, trainable)
+    return optax.apply_updates(trainable, optim.apply_rates(updates, method, control["rates"], memory)), opt_state
+
+
+def _running(method: Method, control: PyTree, seen: PyTree) -> dict[str, PyTree]:
+    """{"running": statistics after a step} where the phase has any."""
+    running = control.get("running", {})
+    if not running:
+        return {}
+    return {"running": method.update_running(running, seen, jax.random.fold_in(control["key"], control["step"]), control["stage"])}
 
 
 def make_probe(method: Method, mesh: Mesh) -> Callable:
     """(params, memory, llava, batch, stage) -> what `Method.probe` returns for the rows of a batch, on every device."""
 
     def probe(params, memory, llava, batch, stage):
-        x = embed_batch(llava, params, batch)
-        inputs = gate_inputs(llava, method, x, batch, stage)
-        if method.gates_in_layers:
-            adapter = method.adapter(params, method.gates(params, memory, inputs), None)
-            contexts = llava.decode(x, adapter=adapter, cache_size=x.shape[1]).contexts
-            inputs = dataclasses.replace(inputs, contexts=contexts)
+        sight = look(llava, method, params, memory, batch, stage, probing=True)
+        inputs = sight.inputs
+        if method.gates_in_layers or method.observes:
+            x, adapter = inputs.embeddings, method.adapter(params, sight.gates, None)
+            inputs = dataclasses.replace(inputs, contexts=llava.decode(x, adapter=adapter, cache_size=x.shape[1]).contexts)
         return method.probe(params, memory, inputs)
 
     return jax.jit(probe, out_shardings=meshes.replicated(mesh))
@@ -141,18 +231,19 @@ def make_generator(method: Method, mesh: Mesh, max_new_tokens: int, eos_id: int,
     """
 
     def answer(params, memory, llava, batch, stage) -> dict[str, jax.Array]:
-        seen = {}
+        sight = look(llava, method, params, memory, batch, stage)
 
         def make_adapter(x, rows):
-            gates = method.gates(params, memory, gate_inputs(llava, method, x, rows, stage))
-            seen.setdefault("gates", gates)  # those of the prompt are recorded
+            gates = sight.gates  # those of the prompt, which are recorded
+            if "new_token" in rows:
+                gates = method.gates(params, memory, gate_inputs(llava, method, x, rows, stage, image=sight.inputs.image))
             return method.adapter(params, gates, None)
 
         out = generate(
             llava, batch, make_adapter, max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=pad_id,
-            vocab_limit=vocab_limit, projector=params[PROJECTOR], regate=method.regates,
+            vocab_limit=vocab_limit, embedded=sight.inputs.embeddings, regate=method.regates,
         )
-        blocks = seen["gates"]["blocks"] if not method.gates_in_layers else out.contexts["blocks"].mean(axis=0)
+        blocks = method.shown_gates(sight.gates, out.contexts)
         return {
             "tokens": out.tokens, "count": out.count, "hit_cap": out.hit_cap, "example": batch["example"], "valid": batch["valid"],
             "gates": jnp.broadcast_to(blocks, (batch["tokens"].shape[0], blocks.shape[-1])),

@@ -59,7 +59,8 @@ class World:
 def write_run(workdir: Path, model: Path, source, name: str, protocol: str, fields: dict) -> None:
     """What a run leaves in its workdir, by the method's own hooks but without training: parameters are drawn."""
     rng = np.random.default_rng(0)
-    extra = {"recall_per_task": 0, "proj_width": 4} if name == "proglora_dynamic" else {}
+    extra = {"recall_per_task": 0, "proj_width": 4} if name in ("proglora_dynamic", "proglora_light") else {}
+    extra |= {"shared_layers": 1} if name == "proglora_light" else {}
     method = build(method_class(name), HYPER | extra | fields, "config.method")
     tasks, total = ("TextVQA", "ImageNet"), 2 if protocol == "sequential" else 1
     config = tiny_run.config(model, workdir, name if name != "zero_shot" else "lora", run__protocol=protocol)
@@ -75,7 +76,8 @@ def write_run(workdir: Path, model: Path, source, name: str, protocol: str, fiel
         info = TaskInfo(stage.index, stage.name, total, 10, np.full(stage.index, 0.37, np.float32), 0)
         state = method.start_task(state, info, None)
         draw = lambda leaf: leaf + 0.05 * rng.standard_normal(np.shape(leaf)).astype("f4")  # noqa: B023
-        drawn = {} if name == "zero_shot" else {part: jax.tree.map(draw, state.params[part]) for part in ("block", "mm_projector")}
+        drawn = {} if name == "zero_shot" else {part: jax.tree.map(draw, state.params[part]) for part in ("block", "shared", "mm_projector")
+                                               if part in state.params}
         state = dataclasses.replace(state, params=state.params | drawn)
         tree = jax.tree.map(np.asarray, method.to_disk(state)) | {"embedding": {f"task_{stage.index:02d}": {}}}
         digest, previous = trees.digest(tree), before[1] if before and not stage.fresh else ""
@@ -142,6 +144,19 @@ def test_a_fused_block_of_proglora_static(world, tmp_path, task, rank):
     assert fields["r"] == fields["lora_alpha"] == rank  # empty slots and gates of 0 are left out; gates and scale are in B
 
 
+@pytest.mark.parametrize("name", ["lwf", "ewc"])
+def test_what_lora_trained_under_another_loss_is_an_adapter_like_any(world, tmp_path, name):
+    said = exported(export_adapter, world.run(name), tmp_path / "out", verify=True)
+    assert difference(said) < 1e-4 and "block 0 as a PEFT adapter of rank 2, alpha 4" in said
+
+
+def test_olora_is_the_plain_sum_of_its_blocks(world, tmp_path):
+    said = exported(export_adapter, world.run("olora"), tmp_path / "out", verify=True)
+    assert difference(said) < 1e-4 and "its adapter as a PEFT adapter of rank 4, alpha 4" in said
+    merged = exported(export_merged, world.run("olora"), tmp_path / "merged", verify=True)
+    assert difference(merged) < 1e-4
+
+
 def test_the_two_fused_blocks_differ_and_the_last_is_the_default(world, tmp_path):
     found = {}
     for name, task in {"first": "TextVQA", "second": "imagenet", "default": None}.items():
@@ -159,7 +174,8 @@ def test_a_fused_block_of_an_earlier_stage(world, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "block", "verify"), [("proglora_static", 0, True), ("proglora_static", 1, False),
-                                                         ("proglora_dynamic", 0, False), ("proglora_dynamic", 1, True)])
+                                                         ("proglora_dynamic", 0, False), ("proglora_dynamic", 1, True),
+                                                         ("proglora_light", 0, True)])
 def test_one_block_as_it_was_trained(world, tmp_path, method, block, verify):
     said = exported(export_adapter, world.run(method), tmp_path / "out", block=block, verify=verify)
     assert f"block {block} as a PEFT adapter of rank 2, alpha 4" in said and (not verify or difference(said) < 1e-4)
@@ -246,11 +262,12 @@ def test_zero_shot_is_its_backbone(world, tmp_path):
 # ------------------------------------------------------------------------------------------------------- what is refused
 
 
-def test_gates_that_depend_on_the_input_are_refused(world, tmp_path):
-    reason = r"01_imagenet: proglora_dynamic cannot be folded into one adapter: its gates are computed from each sample's .*--block"
+@pytest.mark.parametrize("name", ["proglora_dynamic", "proglora_light", "mocl"])
+def test_gates_that_depend_on_the_input_are_refused(world, tmp_path, name):
+    reason = rf"01_imagenet: {name} cannot be folded into one adapter: its gates are computed from each sample's .*--block"
     for how in (export_adapter, export_merged):
         with pytest.raises(UserError, match=reason):
-            how(world.run("proglora_dynamic"), tmp_path / "out")
+            how(world.run(name), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

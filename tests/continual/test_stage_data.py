@@ -16,8 +16,9 @@ from tiny_run import here  # noqa: F401 (a fixture)
 from proglora_jax.continual import similarity
 from proglora_jax.continual.answering import image_mode
 from proglora_jax.continual.similarity_encoders import open_encoders
+from proglora_jax.continual.probes import open_probe
 from proglora_jax.continual.session import open_session
-from proglora_jax.continual.stage_data import chosen_batches, own_rows, stage_data
+from proglora_jax.continual.stage_data import chosen_batches, numbered_batches, own_rows, stage_data
 from proglora_jax.continual.stages import plan_stages
 from proglora_jax.data import batch as codes
 from proglora_jax.data.errors import UserError
@@ -171,3 +172,25 @@ def test_similarity_without_images_and_below_zero():
     pictured = {**text, "image": np.ones(3)}
     assert similarity.similarities([text, turned, pictured], text, clamp=False).tolist() == [1.0, -1.0, 0.0]
     assert similarity.similarities([text, turned, pictured], text, clamp=True).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_numbered_batches_keep_their_order_and_fill_up_without_labels(session, last):
+    rows, numbers = own_rows(session, last), np.array([7, 3, 19, 0, 11])
+    batches = list(numbered_batches(session, rows, numbers, 2))
+    assert [batch["example"].tolist() for batch in batches] == [[7, 3], [19, 0], [11, 11]]
+    assert [batch["valid"].tolist() for batch in batches] == [[True, True], [True, True], [True, False]]
+    counts = [batch["label_mask"].sum(1) for batch in batches]
+    assert counts[2][1] == 0 and all(counts[i][j] == rows.labels[number] for number, i, j in zip(numbers, (0, 0, 1, 1, 2), (0, 1, 0, 1, 0)))
+
+
+def test_squared_gradients_of_a_run_are_means_over_batches_and_over_samples(session, last):
+    rows, numbers = own_rows(session, last), np.array([7, 3, 19, 0])
+    initial = session.method.init(session.targets, jax.tree.map(np.asarray, session.llava.projector_params()), 3, 0)
+    state = session.method.start_task(initial, TaskInfo(2, "ImageNet", 3, 20, np.float32([0.5, 0.5]), 0), None)
+    probe = open_probe(session, rows)
+    ask = lambda *asked: np.asarray(probe.squared_gradients(state, *asked, ("block",))["block"]["v_proj"]["b"])
+    halves = [ask(numbers[:2], 2, "batch"), ask(numbers[2:], 2, "batch")]
+    np.testing.assert_allclose(ask(numbers, 2, "batch"), np.mean(halves, axis=0), rtol=1e-5, atol=1e-12)
+    alone = [ask(numbers[i : i + 1], 2, "batch") for i in range(4)]
+    np.testing.assert_allclose(ask(numbers, 2, "per_sample"), np.mean(alone, axis=0), rtol=1e-4, atol=1e-12)
+    assert halves[0].max() > 0 and np.abs(halves[0] - halves[1]).max() > 0

@@ -217,8 +217,8 @@ def test_recomputed_targets_are_the_stored_ones_and_survive_a_restart():
     again = world.begin(method, restored, 2)
     np.testing.assert_array_equal(again.memory["targets"], state.memory["targets"])
     # They come from the projector kept from then: another one gives other targets.
-    other = states[1].memory | {"projectors": jax.tree.map(lambda leaf: np.asarray(leaf) + 0.5, states[1].memory["projectors"])}
-    moved = world.begin(method, dataclasses.replace(states[1], memory=other), 2)
+    other = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.5, states[1].carry)
+    moved = world.begin(method, dataclasses.replace(states[1], carry=other), 2)
     assert np.abs(moved.memory["targets"][1] - state.memory["targets"][1]).max() > 1e-4
 
 

@@ -38,6 +38,8 @@ def counts(stage: shapes.StageShapes) -> tuple[dict[str, int], dict[str, int]]:
     return shapes.trainable_counts(stage.state.params, stage.mask), {name: trees.count_parameters(part) for name, part in frozen.items()}
 
 
+UPPER = {"block": 36_229_120, "query_projector": 2_109_696, "key": KEY}  # of the light variant: 29 of 32 layers, "38M"
+
 # method, changes -> what trains in every stage but the mm_projector, 7B
 TRAINS = [
     ("lora", {}, {"block": 319_815_680}),
@@ -48,6 +50,14 @@ TRAINS = [
     ("proglora_dynamic", {"rank": 128, "alpha": 256.0}, {"block": 319_815_680, "query_projector": 2_109_696, "key": KEY}),
     ("proglora_dynamic", {"proj_width": 100}, {"block": BLOCK, "query_projector": 831_588, "key": KEY}),
     ("proglora_dynamic", {"proj_width": 100, "proj_variant": "code"}, {"block": BLOCK, "query_projector": 827_392, "key": KEY}),
+    ("proglora_light", {}, UPPER | {"shared": 3_747_840}),
+    ("proglora_light", {"bottom": "none"}, UPPER),
+    ("proglora_light", {"tie_bottom_layers": True}, UPPER | {"shared": 3_747_840 // 3}),
+    ("proglora_light", {"shared_layers": 6}, UPPER | {"block": 26 * BLOCK // 32, "shared": 6 * BLOCK // 32}),
+    ("lwf", {}, {"block": 319_815_680}),
+    ("ewc", {}, {"block": 319_815_680}),
+    ("olora", {}, {"block": BLOCK}),
+    ("mocl", {}, {"block": BLOCK, "key": KEY}),
 ]
 
 
@@ -58,7 +68,8 @@ def test_what_trains_is_what_the_papers_count(name, fields, expected):
 
 
 def test_every_method_that_trains_is_counted():
-    assert {name for name, _, _ in TRAINS} >= {"lora", "multi_task", "proglora_static", "proglora_dynamic"}
+    mine = {"lora", "multi_task", "lwf", "ewc", "olora", "mocl", "proglora_static", "proglora_dynamic", "proglora_light"}
+    assert {name for name, _, _ in TRAINS} >= mine
     assert counts(stages("zero_shot", tasks=TASKS[:1])[0]) == ({}, {"mm_projector": PROJECTOR})
 
 
@@ -71,6 +82,22 @@ def test_the_papers_own_sums():
     assert rests["pool"] + trains["block"] == 319_815_680  # after eight tasks as many as MoELoRA's experts, "320M"
     assert sum(counts(stages("lora", tasks=TASKS[:1])[0])[0].values()) == 340_795_392
     assert sum(counts(stages("proglora_static", tasks=TASKS[:1])[0])[0].values()) == 60_956_672
+
+
+def test_the_light_variant_stores_no_pool_below():
+    trains, rests = counts(stages("proglora_light")[-1])
+    assert rests == {"pool": 7 * 36_229_120, "keys": 8 * KEY}
+    assert sum(trains.values()) - trains["mm_projector"] - trains["shared"] == 38_342_912  # "38M": the published count has no shared block
+    assert rests["pool"] + trains["block"] == 289_832_960
+    first, second = stages("proglora_light", tasks=TASKS[:2], bottom="shared_frozen_after_first")
+    assert "shared" in counts(first)[0] and counts(second)[1]["shared"] == 3_747_840
+
+
+@pytest.mark.parametrize("name, copies", [("lwf", 1), ("ewc", 2)])
+def test_what_is_held_beside_the_parameters(name, copies):
+    """A teacher, or one information and one anchor, however many tasks there were."""
+    sizes = {trees.count_parameters(stage.state.memory) for stage in stages(name)}
+    assert sizes == {copies * (319_815_680 + PROJECTOR) + (name == "ewc")}
 
 
 def test_13b():

@@ -19,7 +19,8 @@ TRAIN = dataclasses.replace(harness.TRAIN, epsilon=1e-2)  # smooth where gradien
 
 
 @pytest.mark.parametrize("name,fields,compiles", [
-    ("proglora_dynamic", {}, [1, 1, 1]), ("proglora_static", {"pool_chunk": 1}, [1, 2])])  # fmt: skip
+    ("proglora_dynamic", {}, [1, 1, 1]), ("proglora_dynamic", {"recall_targets": "recompute"}, [1, 1, 1]),
+    ("proglora_static", {"pool_chunk": 1}, [1, 2])])  # fmt: skip
 def test_one_program_serves_all_stages_and_donates_what_trains(name, fields, compiles):
     run = harness.Harness(harness.small(name, **fields), backbone="stub", train=TRAIN)
     state, seen = run.initial(), []
@@ -34,7 +35,7 @@ def test_one_program_serves_all_stages_and_donates_what_trains(name, fields, com
             phase.trainable, phase.optimizer, _ = run.step(False)(*old, frozen, memory, run.llava, rows, run.control(index, step, 2))
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((frozen, memory, rows, run.llava)))
-        state = dataclasses.replace(state, params=trees.merge(frozen, phase.trainable))
+        state = run.method.end_task(dataclasses.replace(state, params=trees.merge(frozen, phase.trainable)), run.info(index), run.probe)
         seen.append(run.step(False)._cache_size())
     assert seen == compiles
 

@@ -1,0 +1,351 @@
+"""PCLR: a pool of single ranks chosen by keys; each task learns new ones, a full pool is compressed and distilled from what it was."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from proglora_jax.adapters import distill, keys, lowrank, rank_pool
+from proglora_jax.core import tree as trees
+from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
+from proglora_jax.data import batch as segments
+from proglora_jax.data import replay
+from proglora_jax.data.errors import UserError
+from proglora_jax.methods.base import PROJECTOR, GateInputs, Method, Passes, Phase, Probe, TaskInfo, pooled_delta, require
+
+POOL = ("pool", "shared", "projector_pool", "projector_shared")
+NEWEST_FIRST = 10.0  # more than any score
+
+
+@dataclasses.dataclass(frozen=True)
+class PCLR(Method):
+    """y = W x + (alpha / top) sum over the chosen j of (x A_j) B_j + (alpha / shared) (x A_s) B_s in seven linears and the projector.
+
+    The ranks of a layer (and of the mm_projector, whose own weights are frozen) have keys for text and image; the `top_ranks` whose keys
+    score highest against a sample's query have gate 1, all others 0. The query is the unit mean of the word embeddings of BOS and
+    instruction, and the unit class token. No task id at test.
+
+    Learning: a task adds ranks with keys at the task's mean query; in training all of them are on (with fewer new ranks than `top_ranks`
+    the best old ones too, one choice for the whole batch). L = CE + 0.2 (mean of 1 - cos between queries and new keys). Then the ranks
+    join the pool. Compression, when the pool is full and a task is to come: every m-th rank of old and new part goes, with m such that the
+    next task fits; the keys of what stays get the stored query of each task whose best ranks they are. Integration: the pool as it was is
+    the teacher, kept ranks and the shared ones train on the current task's rows under the stored query of one task per step, drawn by the
+    task's last loss; the loss is the KL over the teacher's 100 best words at temperature 2, at all positions. There is no cross-entropy.
+
+    What the sources leave open, and what was chosen: the shared ranks take part while later tasks learn (they do at test); padding is
+    left out of the KL's mean; scores are rounded to five digits and ties go to the lower index, because all new keys of a task begin equal
+    and get equal gradients; the mean query comes from a sample of the rows. The ablations: integrate=False drops ranks without
+    distillation (and has no shared ranks), progressive=False drops none before the last task, and then all at once.
+
+    Cost: learning runs the new and shared ranks alone; the second phase runs teacher and student on each batch (two forward passes of
+    all ranks, one backward) and holds a copy of the pool.
+
+    Attributes:
+        rank: new ranks of a task.
+        alpha: the delta of chosen ranks is scaled by alpha / top_ranks, that of shared ranks by alpha / shared_ranks.
+        top_ranks: ranks that a sample takes.
+        narrow_ranks: new ranks of the tasks from `narrow_from` on.
+        narrow_from: number of that task, counted from 1; 0 for none.
+        capacity: ranks of a full pool.
+        shared_ranks: ranks that are always on from the first integration on.
+        near_from: from this task on (from 1) new ranks begin as copies of the old ones nearest to the task's mean query; 0 never.
+        align_weight: weight of the keys' loss.
+        image_weight: weight of the image's part of a score; 0 takes vision width / model width.
+        query_samples: rows of a task that its mean query is made of; 0 takes all.
+        integrate: whether compression is followed by distillation.
+        progressive: whether the pool is compressed whenever it is full.
+        integrate_learning_rate: of the second phase.
+        integrate_batch_size: rows of its step; 0 as in the first phase.
+        integrate_epochs: passes of it.
+        top_words: words of the KL.
+        distill_temperature: its temperature.
+
+    Source: PCLR (ICLR 2026) and its code.
+    """
+
+    rank: int = 64
+    alpha: float = 128.0
+    dropout: float = 0.0
+    a_init: str = "fan_in"
+    train_mm_projector: bool = False
+    top_ranks: int = 64
+    narrow_ranks: int = 32
+    narrow_from: int = 7
+    capacity: int = 256
+    shared_ranks: int = 32
+    near_from: int = 5
+    align_weight: float = 0.2
+    image_weight: float = 0.0
+    query_samples: int = 2048
+    integrate: bool = True
+    progressive: bool = True
+    integrate_learning_rate: float = 5e-5
+    integrate_batch_size: int = 0
+    integrate_epochs: int = 1
+    top_words: int = 100
+    distill_temperature: float = 2.0
+
+    name: ClassVar[str] = "pclr"
+    keeps_forward: ClassVar[bool] = False
+    wants_image: ClassVar[bool] = True
+    adapts_projector: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("top_ranks", "narrow_ranks", "capacity", "shared_ranks", "integrate_epochs", "top_words"):
+            require(getattr(self, field) >= 1, field, getattr(self, field), "must be >= 1")
+        require(self.narrow_ranks <= self.rank, "narrow_ranks", self.narrow_ranks, f"must be at most config.method.rank={self.rank}")
+        for field in ("rank", "narrow_ranks"):
+            value = getattr(self, field)
+            require(self.capacity % value == 0, "capacity", self.capacity, f"must be a multiple of config.method.{field}={value}")
+        for field in ("narrow_from", "near_from", "align_weight", "image_weight", "query_samples", "integrate_batch_size"):
+            require(getattr(self, field) >= 0, field, getattr(self, field), "must be >= 0")
+        for field in ("integrate_learning_rate", "distill_temperature"):
+            require(getattr(self, field) > 0, field, getattr(self, field), "must be positive")
+
+    @property
+    def scale(self) -> float:
+        """alpha / top_ranks, the factor on chosen ranks."""
+        return self.alpha / self.top_ranks
+
+    def new_ranks(self, index: int) -> int:
+        """Ranks that a task adds, by its place from 0."""
+        return self.narrow_ranks if self.narrow_from and index + 1 >= self.narrow_from else self.rank
+
+    def turns(self, total: int) -> list[rank_pool.Turn]:
+        """What each task of a sequence does to the pool."""
+        try:
+            return rank_pool.schedule([self.new_ranks(index) for index in range(total)], self.capacity, self.progressive)
+        except ValueError as error:
+            hint = "the paper's is 4 times rank and 8 times narrow_ranks"
+            raise UserError(f"config.method.capacity={self.capacity}: {error}; {hint}") from error
+
+    # ---- state
+
+    def init(self, targets: Targets, projector: PyTree, total: int, seed: int) -> CLState:
+        """An empty pool and its keys, shared ranks (B = 0) and new ranks, for the linears and the projector."""
+        size = max(turn.merged for turn in self.turns(total))
+        params = {PROJECTOR: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), projector)}
+        own = Targets(1, {name: tuple(leaf["kernel"].shape) for name, leaf in projector.items()}, targets.width)
+        for prefix, where in (("", targets), ("projector_", own)):
+            draw = lambda name, count: lowrank.init_block(trees.named_generator(seed, name, 0), where, count, self.a_init)  # noqa: B023
+            ranks = {"block": draw(f"{prefix}block", self.rank), "shared": draw(f"{prefix}shared", self.shared_ranks),
+                     "pool": lowrank.empty_pool(where, size, 1)}
+            # The projector has no axis of layers.
+            ranks = jax.tree.map(lambda leaf: leaf[0], ranks) if prefix else ranks
+            params |= {prefix + name: leaf for name, leaf in ranks.items()}
+        widths = {"text": targets.width, "image": projector["linear_1"]["kernel"].shape[0]}
+        room = lambda count: {kind: jnp.zeros((targets.layers + 1, count, width), jnp.float32) for kind, width in widths.items()}
+        params |= {"keys": room(size), "new_keys": room(self.rank)}
+        memory = {
+            "count": jnp.int32(0), "sharing": jnp.float32(0), "origin": jnp.zeros(size, jnp.int32),
+            "queries": {kind: jnp.zeros((total, width), jnp.float32) for kind, width in widths.items()},
+        }  # fmt: skip
+        return CLState(params, memory, {}, jnp.int32(0))
+
+    def start_task(self, state: CLState, info: TaskInfo, probe: Probe | None) -> CLState:
+        """New ranks, at random or near the task's mean query, with their keys at that query."""
+        state = dataclasses.replace(state, stage=jnp.int32(info.index))
+        rows = replay.replay_indices(info.size, min(self.query_samples or info.size, info.size), info.seed, info.name)
+        seen = probe(state, rows)
+        text = jnp.asarray(seen["text"]).mean(axis=0)
+        image = jnp.asarray(seen["image"]).sum(axis=0) / jnp.maximum(jnp.asarray(seen["shown"]).sum(), 1)
+        params, count = state.params, self.turns(info.total)[info.index].before
+        new = {kind: jnp.broadcast_to(query, params["new_keys"][kind].shape) for kind, query in (("text", text), ("image", image))}
+        fresh = {"new_keys": new}
+        if self.near_from and info.index + 1 >= self.near_from and count >= self.rank:
+            score = keys.rank_scores(keys.unit(text)[None], keys.unit(image)[None], params["keys"]["text"], params["keys"]["image"],
+                                     self._image_weight(params))[:, 0]  # [L + 1, C]
+            places = jax.lax.top_k(jnp.where(jnp.arange(score.shape[-1]) < count, jnp.round(score, keys.DIGITS), -jnp.inf), self.rank)[1]
+            fresh |= {"block": rank_pool.gather(params["pool"], places[:-1])}
+            fresh |= {"projector_block": rank_pool.gather(params["projector_pool"], places[-1])}
+        elif info.index:
+            for name in ("block", "projector_block"):
+                fresh[name] = lowrank.init_like(trees.named_generator(info.seed, name, info.index), params[name], self.a_init)
+        return dataclasses.replace(state, params=params | fresh)
+
+    def phases(self, info: TaskInfo) -> tuple[Phase, ...]:
+        """Learning, and integration where the pool is compressed."""
+        narrow = self.new_ranks(info.index) < self.top_ranks
+        learn = Phase("learn", "learn_narrow" if narrow else "learn")
+        again = Phase("integrate", "integrate", cross_entropy=False, epochs=self.integrate_epochs,
+                      batch_size=self.integrate_batch_size, learning_rate=self.integrate_learning_rate)
+        return (learn, again) if self.integrate and self.turns(info.total)[info.index].every else (learn,)
+
+    def trainable(self, info: TaskInfo) -> tuple[str, ...]:
+        """In the first phase the new ranks and their keys."""
+        del info
+        return ("block", "projector_block", "new_keys")
+
+    def phase_mask(self, state: CLState, info: TaskInfo, phase: Phase) -> dict[str, bool]:
+        """In the phase "integrate" the kept and the shared ranks instead."""
+        return trees.mask_by_prefix(state.params, POOL) if phase.kind == "integrate" else self.trainable_mask(state, info)
+
+    def after_phase(self, state: CLState, info: TaskInfo, phase: Phase, probe: Probe) -> CLState:
+        """After learning the new ranks join the pool, which is then compressed if it is full; after integration the teacher goes."""
+        if phase.kind == "integrate":
+            memory = {name: leaf for name, leaf in state.memory.items() if name != "teacher"}
+            return dataclasses.replace(state, memory=memory, carry={k: v for k, v in state.carry.items() if k != "running"})
+        turn, params, memory = self.turns(info.total)[info.index], state.params, dict(state.memory)
+        at = slice(turn.before, turn.merged)
+        joined = {name: rank_pool.put(params[name], params[name.replace("pool", "block")], turn.before, turn.new)
+                  for name in ("pool", "projector_pool")}
+        joined["keys"] = {kind: jnp.asarray(leaf).at[:, at].set(params["new_keys"][kind][:, : turn.new])
+                          for kind, leaf in params["keys"].items()}
+        mean = {kind: keys.unit(leaf[:, : turn.new].mean(axis=(0, 1))) for kind, leaf in params["new_keys"].items()}
+        memory["queries"] = {kind: jnp.asarray(leaf).at[info.index].set(mean[kind]) for kind, leaf in memory["queries"].items()}
+        memory |= {"count": jnp.int32(turn.merged), "origin": jnp.asarray(memory["origin"]).at[at].set(info.index)}
+        state = dataclasses.replace(state, params=params | joined, memory=memory)
+        return self._compress(state, info, turn) if turn.every else state
+
+    def _compress(self, state: CLState, info: TaskInfo, turn: rank_pool.Turn) -> CLState:
+        """Drops ranks, moves the keys of the others toward the queries that need them, and sets the teacher up."""
+        params, memory, kept = state.params, dict(state.memory), turn.kept()
+        size = memory["origin"].shape[0]
+        if self.integrate:
+            newest = (jnp.arange(size) >= turn.before) & (jnp.arange(size) < turn.merged)
+            teacher = {name: params[name] for name in (*POOL, "keys")}
+            memory["teacher"] = teacher | {"count": memory["count"], "newest": newest, "sharing": memory["sharing"]}
+            memory["sharing"] = jnp.float32(1)
+        own = {kind: rank_pool.keep_rows(keys.unit(leaf), kept) for kind, leaf in params["keys"].items()}
+        asked = {kind: leaf[: info.index + 1] for kind, leaf in memory["queries"].items()}
+        score = keys.rank_scores(asked["text"], asked["image"], own["text"], own["image"], self._image_weight(params))  # [L + 1, t, C]
+        chosen = keys.top_ranks(score, jnp.arange(size) < len(kept), self.top_ranks)
+        own = {kind: keys.unit(leaf + jnp.einsum("ltr,td->lrd", chosen, asked[kind])) for kind, leaf in own.items()}
+        memory |= {"count": jnp.int32(len(kept)), "origin": rank_pool.keep_rows(memory["origin"][:, None], kept)[:, 0]}
+        smaller = {name: rank_pool.keep(params[name], kept) for name in ("pool", "projector_pool")}
+        carry = state.carry | ({"running": {"weights": jnp.ones(info.total, jnp.float32)}} if self.integrate else {})
+        return dataclasses.replace(state, params=params | smaller | {"keys": own}, memory=memory, carry=carry)
+
+    # ---- gates
+
+    def _image_weight(self, params: PyTree) -> float:
+        widths = [params["keys"][kind].shape[-1] for kind in ("image", "text")]
+        return self.image_weight or widths[0] / widths[1]
+
+    def queries(self, inputs: GateInputs) -> dict[str, jax.Array]:
+        """{"text": f32[B, D], "image": f32[B, Dv]} unit queries of a batch; BOS counts as text."""
+        first = jnp.arange(inputs.segments.shape[1]) == 0
+        return {
+            "text": keys.text_query(inputs.embeddings, (inputs.segments == segments.INSTRUCTION) | first),
+            "image": keys.image_query(inputs.image, inputs.image_mask),
+        }
+
+    def task_drawn(self, running: PyTree, draw: jax.Array, stage: jax.Array) -> jax.Array:
+        """i32[] the task whose query a step of the integration uses, drawn by the tasks' weights."""
+        weights = running["weights"]
+        known = jnp.where(jnp.arange(weights.shape[0]) <= stage, weights, 0.0)
+        return jax.random.categorical(trees.fold_in_name(draw, "task"), jnp.log(known))
+
+    def _parts(self, params: PyTree, memory: PyTree, query: PyTree, allowed: jax.Array, first: jax.Array | None = None) -> PyTree:
+        """Gates f32[L + 1, B, 1, R] of the pool and the shared ranks for unit queries; ranks marked `first` go before the others."""
+        score = keys.rank_scores(query["text"], query["image"], params["keys"]["text"], params["keys"]["image"], self._image_weight(params))
+        chosen = keys.top_ranks(score if first is None else score + NEWEST_FIRST * first, allowed, self.top_ranks)
+        return {"pool": self.scale * chosen[:, :, None], "shared": self._shared(params, memory)}
+
+    def _shared(self, params: PyTree, memory: PyTree) -> jax.Array:
+        ranks = next(iter(params["shared"].values()))["a"].shape[-1]
+        return jnp.full((params["keys"]["text"].shape[0], 1, 1, ranks), self.alpha / self.shared_ranks) * memory["sharing"]
+
+    def gates(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> PyTree:
+        """Which ranks are on: by phase in training, at test the best of all for each sample."""
+        valid = jnp.arange(memory["origin"].shape[0]) < memory["count"]
+        one = jnp.ones((1, 1), jnp.float32)
+        if not inputs.training:
+            parts = self._parts(params, memory, self.queries(inputs), valid)
+            by_task = jax.nn.one_hot(memory["origin"], memory["queries"]["text"].shape[0])
+            shares = jnp.einsum("lbr,rn->bn", parts["pool"][:, :, 0], by_task)
+            return {"parts": parts, "blocks": shares / jnp.maximum(shares.sum(axis=1, keepdims=True), 1e-9)}
+        if inputs.phase == "integrate":
+            task = self.task_drawn(inputs.running, inputs.draw, inputs.stage)
+            query = {kind: leaf[task][None] for kind, leaf in memory["queries"].items()}
+            return {"parts": self._parts(params, memory, query, valid), "blocks": one}
+        pools = params["keys"]["text"].shape[0]
+        narrow = inputs.phase == "learn_narrow"
+        own = (jnp.arange(self.rank) < (self.narrow_ranks if narrow else self.rank)).astype(jnp.float32)
+        parts = {"shared": self._shared(params, memory), "block": jnp.broadcast_to(self.scale * own, (pools, 1, 1, self.rank))}
+        if narrow:  # the best old ones of the whole batch fill up
+            query = self.queries(inputs)
+            score = keys.rank_scores(query["text"], query["image"], params["keys"]["text"], params["keys"]["image"],
+                                     self._image_weight(params)).mean(axis=1)  # [L + 1, C]
+            old = keys.top_ranks(score, valid, self.top_ranks - self.narrow_ranks)
+            parts["pool"] = self.scale * old[:, None, None]
+        return {"parts": parts, "blocks": one}
+
+    def adapter(self, params: PyTree, gates: PyTree, key: jax.Array | None) -> Adapter:
+        """The adapter of the decoder; each layer takes its own gates."""
+        leaves, own = rank_pool.pair(params, gates["parts"], "")
+        rate = self.dropout if key is not None else 0.0
+        layer = {name: gate[:-1] for name, gate in own.items()}
+        if rate:
+            layer["dropout_key"] = jax.random.split(key, own["new"].shape[0] - 1)
+        return Adapter(leaves, layer, {}, partial(pooled_delta, scale=1.0, mix="delta", rate=rate))
+
+    def projector_adapter(self, params: PyTree, gates: PyTree) -> Adapter:
+        """The adapter of the mm_projector, by the last of the pools."""
+        leaves, own = rank_pool.pair(params, gates["parts"], "projector_")
+        layer = {name: gate[-1] for name, gate in own.items()}
+        return Adapter(leaves, layer, {}, partial(pooled_delta, scale=1.0, mix="delta", rate=0.0))
+
+    # ---- losses
+
+    def extra_loss(self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array, passes: Passes | None = None):
+        """The keys' loss in learning, the divergence from the teacher in integration."""
+        if inputs.phase == "integrate":
+            loss = self._distillation(params, memory, inputs, passes)
+            return loss, {"distillation": loss}
+        count, query = self.narrow_ranks if inputs.phase == "learn_narrow" else self.rank, self.queries(inputs)
+        near = lambda kind: jnp.einsum("bd,lrd->blr", query[kind], keys.unit(params["new_keys"][kind][:, :count]))
+        apart = lambda kind: 1.0 - near(kind).mean(axis=(1, 2))
+        align = (apart("text") + apart("image") * inputs.image_mask).mean()
+        return self.align_weight * align, {"align": align}
+
+    def _distillation(self, params: PyTree, memory: PyTree, inputs: GateInputs, passes: Passes) -> jax.Array:
+        teacher = jax.lax.stop_gradient(memory["teacher"])
+        task = self.task_drawn(inputs.running, inputs.draw, inputs.stage)
+        query = {kind: leaf[task][None] for kind, leaf in memory["queries"].items()}
+        newest, old = teacher["newest"], jnp.arange(teacher["newest"].shape[0]) < teacher["count"]
+        own = newest | (old & (newest.sum() < self.top_ranks))
+        then = params | {name: teacher[name] for name in (*POOL, "keys")}
+        parts = self._parts(then, teacher, query, jnp.where(task == inputs.stage, own, old & ~newest), newest)
+        taught = passes.again(jax.lax.stop_gradient(then), {"parts": parts, "blocks": jnp.ones((1, 1), jnp.float32)})
+        mask = inputs.segments != segments.PAD
+        return distill.mean_top_divergence(
+            passes.head, passes.student.states, taught.states, mask, self.top_words, self.distill_temperature)
+
+    def update_running(self, running: PyTree, seen: PyTree, draw: jax.Array, stage: jax.Array) -> PyTree:
+        """The drawn task's weight becomes the root of its loss."""
+        if "distillation" not in seen:
+            return running
+        root = jnp.sqrt(jnp.maximum(seen["distillation"], 0.0) + 1e-4)
+        return {"weights": running["weights"].at[self.task_drawn(running, draw, stage)].set(root)}
+
+    def probe(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> dict[str, jax.Array]:
+        """Queries of samples, and whether they have an image."""
+        return self.queries(inputs) | {"shown": inputs.image_mask.astype(jnp.float32)}
+
+    # ---- disk and export
+
+    def to_disk(self, state: CLState):
+        """The whole pool: an integration changes all of it."""
+        return {"params": {name: state.params[name] for name in (*POOL, "keys", PROJECTOR)}, "memory": state.memory}
+
+    def from_disk(self, tree, fresh: CLState, stage: int) -> CLState:
+        """The pool as it was; new ranks are made when the next task starts."""
+        return dataclasses.replace(fresh, params=fresh.params | tree["params"], memory=tree["memory"], stage=jnp.int32(stage))
+
+    def blocks(self, state: CLState) -> int:
+        """One set of ranks per task."""
+        return int(state.stage) + 1
+
+    def block(self, state: CLState, index: int) -> PyTree:
+        """Not possible: a task's ranks in the decoder belong to those in the mm_projector."""
+        raise ValueError(f"{self.name} has ranks in the mm_projector too, which no adapter of the language model can hold")
+
+    def fold(self, state: CLState, task: int) -> PyTree:
+        """Not possible: the ranks are chosen sample by sample."""
+        raise ValueError(f"{self.name} cannot be folded into one adapter: its ranks are chosen by each sample's instruction and image")
