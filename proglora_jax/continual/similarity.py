@@ -55,7 +55,6 @@ def _backbone(session: Session) -> Callable:
     """(llava, batch) -> features of a batch's rows by the backbone's own vision tower and word embeddings."""
     pool = "class" if session.settings.similarity.pool == "cls" else "mean"
 
-    @jax.jit
     def embed(llava, batch):
         x = llava.embed_tokens(batch["tokens"])
         parts = {
@@ -66,7 +65,7 @@ def _backbone(session: Session) -> Callable:
         return {part: meshes.replicate(value, session.mesh) for part, value in parts.items()} | {
             "seen": meshes.replicate(batch["image_mask"], session.mesh)}
 
-    return embed
+    return jax.jit(meshes.on_mesh(embed, session.mesh))
 
 
 ENCODERS = {"backbone": _backbone}

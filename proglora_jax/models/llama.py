@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from proglora_jax.core import mesh as meshes
 from proglora_jax.core import stack
 from proglora_jax.core.types import Adapter
 from proglora_jax.models.layers import Linear, Make, RMSNorm, Settings, activation, attention, rope_tables, rotate
@@ -108,11 +109,11 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Scores of the vocabulary, f32[..., V], from hidden[..., D]."""
-        if self.lm_head is None:
-            table = self.embed_tokens[...].astype(hidden.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-        return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+        name, weights = ("embed_tokens", self.embed_tokens[...]) if self.lm_head is None else ("lm_head", self.lm_head.kernel[...])
+        if hidden.ndim > 2:  # many positions a row; for one each it is cheaper to move the positions than the head
+            weights = meshes.gather_weights(weights, f"language/{name}")
+        equation = "...d,vd->...v" if self.lm_head is None else "...d,dv->...v"
+        return jnp.einsum(equation, hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def full(
         self, x: jax.Array, *, length: jax.Array | None, adapter: Adapter | None, remat: str, cache_size: int, settings: Settings
@@ -124,6 +125,7 @@ class Llama(nnx.Module):
 
         def body(h: jax.Array, scanned: tuple):
             layer, own, once = scanned
+            layer, h = meshes.gather_weights(layer, "language/layers", stacked=True), meshes.split_rows(h)
             context = _context(adapter, once, h)
             h, kept = layer(h, _adapted(layer, adapter, own, context), rotation, attend)
             return h, (kept, context) if cache_size else None
@@ -140,6 +142,7 @@ class Llama(nnx.Module):
         attend = _attend_full(None, 0, settings)
 
         def body(h: jax.Array, layer: LlamaLayer):
+            layer, h = meshes.gather_weights(layer, "language/layers", stacked=True), meshes.split_rows(h)
             return layer(h, _adapted(layer, None, {}, None), rotation, attend)[0], None
 
         return stack.scan(body, x, self.layers, count=count)[0]
@@ -153,6 +156,7 @@ class Llama(nnx.Module):
         decided = contexts is not None
         indices = jnp.arange(self.config.num_hidden_layers)
 
+        # The kernels stay split along fsdp: to move one position a row is cheaper than to move the weights for every token.
         def body(carry: tuple, scanned: tuple):
             h, cache = carry
             layer, own, once, index = scanned

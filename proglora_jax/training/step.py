@@ -100,7 +100,7 @@ def make_train_step(method: Method, train: TrainSettings, remat: str, separate_r
         split = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), (dict(batch), scale))
 
         def accumulate(total, part):
-            index, (rows, scale) = part
+            index, (rows, scale) = part[0], meshes.split_rows(part[1])
             return jax.tree.map(jnp.add, total, gradient(trainable, rows, scale, jax.random.fold_in(key, index))), None
 
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
@@ -116,7 +116,7 @@ def make_train_step(method: Method, train: TrainSettings, remat: str, separate_r
         return trainable, opt_state, metrics
 
     same = meshes.replicated(mesh)
-    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(same, same, same))
+    return jax.jit(meshes.on_mesh(step, mesh), donate_argnums=(0, 1), out_shardings=(same, same, same))
 
 
 def make_probe(method: Method, mesh: Mesh) -> Callable:
@@ -131,7 +131,7 @@ def make_probe(method: Method, mesh: Mesh) -> Callable:
             inputs = dataclasses.replace(inputs, contexts=contexts)
         return method.probe(params, memory, inputs)
 
-    return jax.jit(probe, out_shardings=meshes.replicated(mesh))
+    return jax.jit(meshes.on_mesh(probe, mesh), out_shardings=meshes.replicated(mesh))
 
 
 def make_generator(method: Method, mesh: Mesh, max_new_tokens: int, eos_id: int, pad_id: int, vocab_limit: int) -> Callable:
@@ -158,4 +158,4 @@ def make_generator(method: Method, mesh: Mesh, max_new_tokens: int, eos_id: int,
             "gates": jnp.broadcast_to(blocks, (batch["tokens"].shape[0], blocks.shape[-1])),
         }
 
-    return jax.jit(answer, out_shardings=meshes.replicated(mesh))
+    return jax.jit(meshes.on_mesh(answer, mesh), out_shardings=meshes.replicated(mesh))
