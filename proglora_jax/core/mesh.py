@@ -43,6 +43,20 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
     return Mesh(devices.reshape(_sizes(shape, devices.size)), AXES)
 
 
+def described_devices(topology: str, platform: str = "tpu") -> list:
+    """Devices of a machine that need not be there, to compile for: "v5e:4x4" are 16 chips of a TPU v5e slice.
+
+    Raises:
+        ValueError: in one sentence, for a topology that the compiler does not know and where there is no compiler.
+    """
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform=platform, topology_name=topology).devices)
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # JAX's own errors are RuntimeErrors
+        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from error
+
+
 def abstract_mesh(shape: Mapping[str, int], count: int) -> AbstractMesh:
     """The mesh that `count` devices would make, to plan with: shardings have shapes on it, and no array can be placed.
 

@@ -72,3 +72,30 @@ def _attention(config: LlavaConfig, positions: int) -> float:
     """Causal attention of all layers, forward: half of the two products."""
     text = config.text_config
     return 2 * positions**2 * text.num_attention_heads * text.head_dim * text.num_hidden_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What is known of an accelerator.
+
+    Attributes:
+        name: as people say it.
+        hbm: bytes that a program may use, as its compiler says; 0 where unknown.
+        peak: floating-point operations per second in bfloat16, as published; 0 where unknown.
+    """
+
+    name: str
+    hbm: int
+    peak: float
+
+
+CHIPS = {  # by JAX's device kind
+    "TPU v5 lite": Chip("TPU v5e", int(15.75 * 2**30), 197e12),
+    "TPU v5": Chip("TPU v5p", int(95.74 * 2**30), 459e12),
+    "TPU v6 lite": Chip("TPU v6e", int(31.25 * 2**30), 918e12),
+}
+
+
+def chip_of(kind: str) -> Chip:
+    """The chip of a device kind; one that is not in the table has its kind as name, and nothing else is known of it."""
+    return CHIPS.get(kind, Chip(kind, 0, 0.0))
