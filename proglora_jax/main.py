@@ -69,36 +69,16 @@ def _run_flags(config: dict[str, Any]) -> None:
     # Imported here: --help and a mistyped flag should not wait for jax.
     from proglora_jax.training.console import setup_console
     from proglora_jax.training.loop import Stopped
+    from proglora_jax.training.processes import join, leave_together
 
     setup_console()
-    _join_processes()
+    join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)
     command = " ".join(shlex.quote(arg) for arg in ["python", "-m", "proglora_jax.main", *sys.argv[1:]])
-    try:
-        run(config, _WORKDIR.value or default_workdir(sys.argv[1:], config), command)
-    except Stopped as stop:
-        logging.info("%s; run the same command to go on", stop)
-
-
-def _join_processes() -> None:
-    """Connects the processes of a run of several; nothing to do for a run of one.
-
-    Raises:
-        UserError: for flags that do not fit together, and where JAX cannot tell the other processes.
-    """
-    import jax
-
-    address, count, number = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-    if count > 1 and not (address and 0 <= number < count):
-        raise UserError(f"--num_processes={count}: needs --coordinator_address=host:port and --process_id from 0 to {count - 1}, "
-                        f"got '{address}' and {number}")
-    if count > 1:
-        jax.distributed.initialize(address, count, number)
-    elif _DISTRIBUTED.value:
+    with leave_together():
         try:
-            jax.distributed.initialize()
-        except ValueError as error:
-            raise UserError(f"--distributed: JAX finds no other processes here ({str(error).strip().splitlines()[0]}); give "
-                            "--coordinator_address, --num_processes and --process_id instead") from error
+            run(config, _WORKDIR.value or default_workdir(sys.argv[1:], config), command)
+        except Stopped as stop:
+            logging.info("%s; run the same command to go on", stop)
 
 
 def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, command: str = "") -> list[str]:
@@ -149,7 +129,7 @@ def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, com
         with session.logger:
             runner.run(session)
         written = write_report(workdir) if session.chief else []
-    logging.info("done in %.0f s; the report is %s", time.monotonic() - began, ", ".join(map(str, written[:2])))
+    logging.info("done in %.0f s%s", time.monotonic() - began, f"; the report is {', '.join(map(str, written[:2]))}" if written else "")
     return written
 
 

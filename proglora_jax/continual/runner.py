@@ -27,6 +27,7 @@ from proglora_jax.data.rows import EncodedRows
 from proglora_jax.methods.base import Phase, TaskInfo, check_contract
 from proglora_jax.training import shapes
 from proglora_jax.training.loop import PhasePlan, PhaseState, Stopped, start_phase, train_phase
+from proglora_jax.training.processes import asked_to_stop
 
 
 def run(session: Session) -> None:
@@ -53,7 +54,7 @@ def run(session: Session) -> None:
                 f"holds now (hash {done.meta['backbone'][:12]}, now {session.base[:12]}); put that model back, or choose another workdir")
         if session.chief:
             shutil.rmtree(stage.folder(session.workdir) / PROGRESS, ignore_errors=True)
-        if session.stop.requested:
+        if asked_to_stop(session.stop):
             raise Stopped(f"stopped after training stage {stage.number + 1}; the stage is saved")
         _evaluate_stage(session, stage, done)
         results.update(session, stages)

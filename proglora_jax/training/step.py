@@ -18,6 +18,7 @@ from proglora_jax.data.batch import INSTRUCTION
 from proglora_jax.evaluation.generate import generate
 from proglora_jax.methods.base import PROJECTOR, GateInputs, Method
 from proglora_jax.training import losses, optim
+from proglora_jax.training.processes import FAILED, FLAG
 from proglora_jax.training.settings import TrainSettings
 
 Batch = Mapping[str, jax.Array]
@@ -108,15 +109,27 @@ def make_train_step(method: Method, train: TrainSettings, remat: str, separate_r
         return jax.lax.scan(accumulate, zero, (jnp.arange(parts), split))[0]
 
     def step(trainable, opt_state, frozen, memory, llava, batch, control):
+        before, (batch, flag) = (trainable, opt_state), _without_flag(batch)
         (loss, logged), gradients = loss_and_gradients(trainable, frozen, memory, llava, batch, control)
         updates, opt_state = optimizer.update(gradients, opt_state, trainable)
         trainable = optax.apply_updates(trainable, optim.apply_rates(updates, method, control["rates"]))
         tokens = batch["label_mask"].sum()
         metrics = logged | {"loss": loss, "grad_norm": optim.global_norm(gradients), "supervised_tokens": tokens}
+        if flag is not None:  # a step in which a process had no rows is undone
+            keep = lambda old, new: jnp.where(flag == FAILED, old, new)
+            trainable, opt_state = jax.tree.map(keep, before, (trainable, opt_state))
+            metrics[FLAG] = flag
         return trainable, opt_state, metrics
 
     same = meshes.replicated(mesh)
     return jax.jit(meshes.on_mesh(step, mesh), donate_argnums=(0, 1), out_shardings=(same, same, same))
+
+
+def _without_flag(batch: Batch) -> tuple[Batch, jax.Array | None]:
+    """A batch without its rows' flags, and the largest of all processes' flags; None in a run of one process, which has none."""
+    if FLAG not in batch:
+        return batch, None
+    return {name: value for name, value in batch.items() if name != FLAG}, batch[FLAG].max()
 
 
 def make_probe(method: Method, mesh: Mesh) -> Callable:
@@ -141,7 +154,7 @@ def make_generator(method: Method, mesh: Mesh, max_new_tokens: int, eos_id: int,
     """
 
     def answer(params, memory, llava, batch, stage) -> dict[str, jax.Array]:
-        seen = {}
+        seen, (batch, flag) = {}, _without_flag(batch)
 
         def make_adapter(x, rows):
             gates = method.gates(params, memory, gate_inputs(llava, method, x, rows, stage))
@@ -156,6 +169,6 @@ def make_generator(method: Method, mesh: Mesh, max_new_tokens: int, eos_id: int,
         return {
             "tokens": out.tokens, "count": out.count, "hit_cap": out.hit_cap, "example": batch["example"], "valid": batch["valid"],
             "gates": jnp.broadcast_to(blocks, (batch["tokens"].shape[0], blocks.shape[-1])),
-        }
+        } | ({} if flag is None else {FLAG: flag})
 
     return jax.jit(meshes.on_mesh(answer, mesh), out_shardings=meshes.replicated(mesh))
