@@ -33,6 +33,8 @@ _DISTRIBUTED = flags.DEFINE_boolean(
 _COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, for runs of several processes.")
 _PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes the run has.")
 _PROCESS = flags.DEFINE_integer("process_id", -1, "Which of them this one is.")
+_STOPPED_CODE = flags.DEFINE_integer(
+    "stopped_exit_code", 0, "Exit code of a run that obeyed a stop signal, for schedulers that should start it again.")
 
 # Fields that may differ between a run and its continuation: they change nothing that is computed, or only whether it can be. What
 # may have to change before a run that stopped with an error can go on must be here, or the work done so far would be lost.
@@ -53,7 +55,8 @@ def main(argv: list[str]) -> None:
     """Runs what the flags say.
 
     Raises:
-        SystemExit: with 1 after an error of the user's, whose sentence is printed; a stop signal that was obeyed is no error.
+        SystemExit: with 1 after an error of the user's, whose sentence is printed; with --stopped_exit_code after a stop signal that was
+            obeyed, which is no error.
     """
     try:
         if len(argv) > 1:
@@ -74,11 +77,15 @@ def _run_flags(config: dict[str, Any]) -> None:
     setup_console()
     join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)
     command = " ".join(shlex.quote(arg) for arg in ["python", "-m", "proglora_jax.main", *sys.argv[1:]])
+    stopped = False
     with leave_together():
         try:
             run(config, _WORKDIR.value or default_workdir(sys.argv[1:], config), command)
         except Stopped as stop:
+            stopped = True
             logging.info("%s; run the same command to go on", stop)
+    if stopped:
+        sys.exit(_STOPPED_CODE.value)
 
 
 def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, command: str = "") -> list[str]:

@@ -31,7 +31,8 @@ from proglora_jax.training.settings import Settings, from_config
 PROGRAMS = ("train", "answer")
 # What libtpu asks of its surroundings when there is no TPU: no metadata server, no other hosts, no lock on a chip.
 _ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }  # fmt: skip
 
 
@@ -101,8 +102,8 @@ def described_mesh(settings: Settings, topology: str) -> Mesh:
     try:
         devices = meshes.described_devices(topology, platform)
     except ValueError as error:
-        missing = "JAX describes GPUs that are not there only through its CUDA plugin (jax[cuda12]) and a target configuration of the GPU, " \
-                  "which are not here; on a machine with the GPU, tools doctor --compile does it"
+        missing = "JAX describes GPUs that are not there only through its CUDA plugin (jax[cuda12]) and a target configuration of the " \
+                  "GPU, which are not here; on a machine with the GPU, tools doctor --compile does it"
         wanted = "names look like v5e:4x4, v5p:2x2x1 or v6e:2x4, and the compiler comes with pip install 'proglora-jax[aot]'"
         raise UserError(f"--topology {topology}: {error}; {missing if platform == 'cuda' else wanted}") from error
     try:

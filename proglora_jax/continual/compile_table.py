@@ -32,7 +32,8 @@ def compile_text(report: Mapping[str, Any]) -> str:
 
 
 def _program(program: Mapping[str, Any], hbm: int) -> list[str]:
-    sizes = ", ".join(f"{program[name]} {name.replace('_', ' ')}" for name in ("rows", "positions", "labels", "new_tokens") if name in program)
+    known = [name for name in ("rows", "positions", "labels", "new_tokens") if name in program]
+    sizes = ", ".join(f"{program[name]} {name.replace('_', ' ')}" for name in known)
     head = f"{program['program']}: {sizes}"
     if not program["fits"]:
         return [f"{head}: DOES NOT FIT into {hbm / _GIB:.2f} GiB: {program['error']}"]
@@ -55,8 +56,8 @@ def collective_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
             total, moved = (sum(one["times"] * one["bytes"] for one in group), sum(one["moved"] for one in group))
             largest = max(group, key=lambda one: one["bytes"])
             count = sum(one["times"] for one in group)
-            lines.append(f"{kind}{', every new token' if turn else ''}: {count} of {total / 1e6:.1f} MB in all, {moved / 1e6:.1f} MB sent by a "
-                         f"chip; the largest {largest['bytes'] / 1e6:.2f} MB x {largest['times']} {', '.join(largest['shapes'][:3])}")
+            lines.append(f"{kind}{', every new token' if turn else ''}: {count} of {total / 1e6:.1f} MB in all, {moved / 1e6:.1f} MB sent "
+                         f"by a chip; the largest {largest['bytes'] / 1e6:.2f} MB x {largest['times']} {', '.join(largest['shapes'][:3])}")
     return lines or ["no collectives"]
 
 

@@ -35,6 +35,7 @@ class Team:
             port = free.getsockname()[1]
         flags = tiny_run.flags(place.model, place.folder / "data", **FIELDS | {"run__compilation_cache": place.folder / "cache"} | fields)
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # they compile more than they compute
         environment["PYTHONPATH"] = f"{place.folder / 'path'}{os.pathsep}{ROOT}"
         self.workdir, self.logs, self.members = workdir, [workdir.parent / f"{workdir.name}.{i}.log" for i in range(count)], []
         for number, log in enumerate(self.logs):
