@@ -7,8 +7,12 @@ import dataclasses
 from proglora_jax.core.types import Targets
 from proglora_jax.models.presets import LlavaConfig
 
-# What the backward pass computes again of a layer's forward pass: names of linears, "attention", or "all".
-_AGAIN = {"none": (), "dots": ("attention",), "qkvo_mlp": (), "qkvo": ("o_proj", "gate_proj", "up_proj"), "full": ("all",)}
+# What the backward pass computes again of a layer's forward pass: names of linears, "attention", "low_rank". Not even "full" has
+# down_proj: its output is the next layer's input, which is kept, and no gradient asks for it (seen in the traced step).
+_AGAIN = {
+    "none": (), "dots": ("attention",), "qkvo_mlp": (), "qkvo": ("o_proj", "gate_proj", "up_proj"),
+    "full": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "attention", "low_rank"),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,7 @@ def training_work(config: LlavaConfig, targets: Targets, positions: int, labels:
     low_rank = 2 * width * ranks * positions
     model = 2 * forward + 3 * mixing + 2 * head
     again = sum(2 * linears.get(name, 0) * positions for name in _AGAIN[remat])
-    again += mixing if _AGAIN[remat] == ("attention",) else forward + mixing + low_rank if _AGAIN[remat] == ("all",) else 0
+    again += mixing * ("attention" in _AGAIN[remat]) + low_rank * ("low_rank" in _AGAIN[remat])
     adapter = 2 * low_rank + 2 * width * own_ranks * positions
     projected = 2 * config.image_tokens * (config.vision_config.hidden_size * text.hidden_size + text.hidden_size**2)
     projector = 2 * projected + 2 * config.image_tokens * text.hidden_size**2  # no gradient goes into the vision tower
