@@ -26,6 +26,7 @@ from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.data.errors import UserError
 from proglora_jax.training import collectives, flops, memory, programs, roofline, shapes
+from proglora_jax.training.attention_choice import choose_attention
 from proglora_jax.training.settings import Settings, from_config
 
 PROGRAMS = ("train", "answer")
@@ -70,6 +71,7 @@ def compile_ahead(config: Mapping[str, Mapping[str, Any]], order: Order) -> dict
     values.setdefault("data", {})["root"] = values.get("data", {}).get("root") or "(not set)"
     settings = from_config(values)
     mesh = described_mesh(settings, order.topology)
+    settings, _ = choose_attention(settings, mesh.devices.flat[0].platform)
     chip = roofline.chip_of(mesh.devices.flat[0].device_kind)
     sizes, source = model_sizes(settings.model)
     llava = shapes.abstract_backbone(sizes, settings.model)
