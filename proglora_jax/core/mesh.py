@@ -126,6 +126,27 @@ def split_rows(tree: PyTree, axis: int = 0) -> PyTree:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding) if even(leaf) else leaf, tree)
 
 
+def split_width(x: jax.Array) -> jax.Array:
+    """Under `on_mesh`: asks that the last axis be split over fsdp, as the kernels' inputs are, and rows over data alone; else nothing.
+
+    For one position a row: each chip multiplies its part of the kernel, and sums of a few rows are sent instead of weights.
+    """
+    return _narrow(x, "fsdp")
+
+
+def share_rows(x: jax.Array) -> jax.Array:
+    """Under `on_mesh`: asks that the devices along fsdp hold the same rows, whole; else nothing."""
+    return _narrow(x, None)
+
+
+def _narrow(x: jax.Array, last: str | None) -> jax.Array:
+    if not gathers():
+        return x
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = PartitionSpec("data", *[None] * (x.ndim - 2), last)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _fit(spec, x.shape, mesh)))
+
+
 def gather_weights(tree: PyTree, path: str, *, stacked: bool = False) -> PyTree:
     """Under `on_mesh`: asks for the backbone's weights whole along the axis fsdp, where they are used; else nothing.
 

@@ -16,6 +16,7 @@ from quick import quick_compiles  # noqa: F401 (a fixture)
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.training import loop
+from proglora_jax.training import step as steps_of
 from proglora_jax.training.collectives import collectives
 
 TRAIN = dataclasses.replace(harness.TRAIN, epsilon=1e-2)
@@ -68,6 +69,29 @@ def test_devices_sum_the_adapters_gradients_and_gather_weights_and_say_nothing_e
     assert sum(one.bytes * one.times for one in gathered) <= 2 * kernels + 2 * rest
     assert max((one.bytes for one in gathered), default=0) <= max((tree[path].nbytes // (layers if "layers" in path else 1)
                                                                    for path in split), default=0)
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 8}, {"data": 2, "fsdp": 4}], ids=str)
+def test_a_new_token_moves_activations_and_no_weights(shape):
+    run = harness.Harness(harness.small("lora"), shape=shape)
+    state = run.initial()
+    batch = tiny_llava.batch([tiny_llava.row(np.random.default_rng(i), answer=0, image=i != 3) for i in range(8)], 20, 0)
+    single = harness.Harness(harness.small("lora"))
+    answers, text = [], ""
+    for one in (single, run):
+        generate = steps_of.make_generator(one.method, one.mesh, 4, tiny_llava.EOS, tiny_llava.PAD, tiny_llava.VOCAB)
+        arguments = (*meshes.put_replicated((state.params, state.memory), one.mesh), one.llava, meshes.put_batch(batch, one.mesh),
+                     state.stage)  # fmt: skip
+        text = (compiled := generate.lower(*arguments).compile()).as_text()
+        answers.append(np.asarray(compiled(*arguments)["tokens"]))
+    np.testing.assert_array_equal(*answers)
+    turn = [one for one in collectives(text) if one.turn]
+    text_config, rank = run.llava.config.text_config, run.method.rank
+    # nothing is larger than what the linears of one input give for all rows (low-rank part beside), or the scores of the vocabulary
+    widest = max(3 * (text_config.hidden_size + rank), 2 * (text_config.intermediate_size + rank), tiny_llava.VOCAB)
+    assert turn and max(one.bytes for one in turn) <= 8 * widest * 4
+    # weights do move once, when the prompts are read
+    assert any(one.kind == "all-gather" and not one.turn for one in collectives(text))
 
 
 @pytest.mark.parametrize("shape", [{}, {"data": 2, "fsdp": 4}], ids=str)
