@@ -33,6 +33,8 @@ _DISTRIBUTED = flags.DEFINE_boolean(
 _COORDINATOR = flags.DEFINE_string("coordinator_address", "", "host:port of process 0, for runs of several processes.")
 _PROCESSES = flags.DEFINE_integer("num_processes", 0, "How many processes the run has.")
 _PROCESS = flags.DEFINE_integer("process_id", -1, "Which of them this one is.")
+_STOPPED_CODE = flags.DEFINE_integer(
+    "stopped_exit_code", 0, "Exit code of a run that obeyed a stop signal, for schedulers that should start it again.")
 
 # Fields that may differ between a run and its continuation: they change nothing that is computed, or only whether it can be. What
 # may have to change before a run that stopped with an error can go on must be here, or the work done so far would be lost.
@@ -54,7 +56,8 @@ def main(argv: list[str]) -> None:
     """Runs what the flags say.
 
     Raises:
-        SystemExit: with 1 after an error of the user's, whose sentence is printed; a stop signal that was obeyed is no error.
+        SystemExit: with 1 after an error of the user's, whose sentence is printed; with --stopped_exit_code after a stop signal that was
+            obeyed, which is no error.
     """
     try:
         if len(argv) > 1:
@@ -71,37 +74,21 @@ def _run_flags(config: dict[str, Any]) -> None:
     from proglora_jax.core.host import keep_freed_memory
     from proglora_jax.training.console import setup_console
     from proglora_jax.training.loop import Stopped
+    from proglora_jax.training.processes import join, leave_together
 
     setup_console()
     keep_freed_memory()
-    _join_processes()
+    join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)
     command = " ".join(shlex.quote(arg) for arg in ["python", "-m", "proglora_jax.main", *sys.argv[1:]])
-    try:
-        run(config, _WORKDIR.value or default_workdir(sys.argv[1:], config), command)
-    except Stopped as stop:
-        logging.info("%s; run the same command to go on", stop)
-
-
-def _join_processes() -> None:
-    """Connects the processes of a run of several; nothing to do for a run of one.
-
-    Raises:
-        UserError: for flags that do not fit together, and where JAX cannot tell the other processes.
-    """
-    import jax
-
-    address, count, number = _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
-    if count > 1 and not (address and 0 <= number < count):
-        raise UserError(f"--num_processes={count}: needs --coordinator_address=host:port and --process_id from 0 to {count - 1}, "
-                        f"got '{address}' and {number}")
-    if count > 1:
-        jax.distributed.initialize(address, count, number)
-    elif _DISTRIBUTED.value:
+    stopped = False
+    with leave_together():
         try:
-            jax.distributed.initialize()
-        except ValueError as error:
-            raise UserError(f"--distributed: JAX finds no other processes here ({str(error).strip().splitlines()[0]}); give "
-                            "--coordinator_address, --num_processes and --process_id instead") from error
+            run(config, _WORKDIR.value or default_workdir(sys.argv[1:], config), command)
+        except Stopped as stop:
+            stopped = True
+            logging.info("%s; run the same command to go on", stop)
+    if stopped:
+        sys.exit(_STOPPED_CODE.value)
 
 
 def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, command: str = "") -> list[str]:
@@ -152,7 +139,7 @@ def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, com
         with session.logger:
             runner.run(session)
         written = write_report(workdir) if session.chief else []
-    logging.info("done in %.0f s; the report is %s", time.monotonic() - began, ", ".join(map(str, written[:2])))
+    logging.info("done in %.0f s%s", time.monotonic() - began, f"; the report is {', '.join(map(str, written[:2]))}" if written else "")
     return written
 
 

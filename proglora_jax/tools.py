@@ -1,4 +1,4 @@
-"""Verbs for people: report, compare, check-data, doctor, convert, predict, make-benchmark, make-base.
+"""Verbs for people: report, compare, check-data, doctor, compile, convert, predict, make-benchmark, make-base.
 
 Each explains itself: python -m proglora_jax.tools VERB --help.
 """
@@ -6,6 +6,7 @@ Each explains itself: python -m proglora_jax.tools VERB --help.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m proglora_jax.tools", description="Tools around proglora_jax.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    for add in (_add_report, _add_compare, _add_check_data, _add_doctor, _add_convert, _add_predict, _add_make_benchmark,
+    for add in (_add_report, _add_compare, _add_check_data, _add_doctor, _add_compile, _add_convert, _add_predict, _add_make_benchmark,
                 _add_make_base):
         add(verbs)
     arguments, rest = parser.parse_known_args(argv)
@@ -161,6 +162,32 @@ def _doctor(arguments) -> None:
     machine = Machine(arguments.devices, arguments.memory_gb, arguments.peak_tflops, arguments.utilization, arguments.step_seconds,
                       arguments.step_rows, arguments.positions)
     print(diagnose(load_config(arguments.config, arguments.overrides), machine, compile_step=arguments.compile))
+
+
+def _add_compile(verbs) -> None:
+    summary = "Compile a config's programs for a TPU slice that need not be there: memory of a chip, FLOPs, collectives."
+    parser = _verb(verbs, "compile", summary, _compile)
+    parser.set_defaults(overrides=[])
+    parser.add_argument("--topology", required=True, help="the slice, e.g. v5e:4x4, v5p:2x2x1, v6e:2x4")
+    parser.add_argument("--config", required=True, help="as for the main job; --config.section.field=value overrides a field")
+    parser.add_argument("--program", choices=("all", "train", "answer"), default="all", help="answer: prefill and decoding")
+    parser.add_argument("--positions", type=int, nargs="+", default=(), help="padded lengths, of the config's; default: its largest")
+    parser.add_argument("--json", metavar="FILE", help="write everything that was found to this file")
+    parser.add_argument("--hlo", metavar="FOLDER", default="", help="keep the compiled programs' text there")
+
+
+def _compile(arguments) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # whatever is not compiled for the slice is computed here
+    from proglora_jax.continual.compile_ahead import PROGRAMS, Order, compile_ahead, compile_text, write_report
+    from proglora_jax.training.config_file import load_config
+
+    programs = PROGRAMS if arguments.program == "all" else (arguments.program,)
+    order = Order(arguments.topology, programs, tuple(arguments.positions), arguments.hlo)
+    report = compile_ahead(load_config(arguments.config, arguments.overrides), order)
+    if arguments.json:
+        write_report(report, arguments.json)
+    print(compile_text(report))
+    return 0 if report["fits"] else 1
 
 
 def _add_convert(verbs) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import configparser
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sysconfig
 import time
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
 import yaml
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-SCRIPTS = ["local.sh", "slurm.sbatch", "cloud_tpu.sh"]
+SCRIPTS = ["local.sh", "slurm.sbatch", "tpu_vm.sh", "k8s/run.sh"]
 
 
 @pytest.fixture
@@ -88,28 +92,112 @@ def test_slurm_queues_an_interrupted_run_again(stubs, tmp_path):
     assert ["requeue", "45678"] in calls("scontrol")
 
 
-def test_kubernetes_job_is_consistent():
-    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
-    assert (service["kind"], job["kind"]) == ("Service", "Job")
+def manifests(environment: dict, *arguments: str) -> list[dict]:
+    """What launch/k8s/run.sh would apply."""
+    done = subprocess.run(["bash", LAUNCH / "k8s" / "run.sh", "--dry-run", *arguments], env=environment, capture_output=True, check=True)
+    return list(yaml.safe_load_all(done.stdout.decode()))
+
+
+def test_kubernetes_manifests_fit_the_published_schemas_and_each_other():
+    made = manifests({**os.environ, "IMAGE": "r.io/x:1", "PODS": "4", "GPUS": "2"}, "c.py", "/runs/a", '--config.a=b "c" \\d & e')
+    for manifest in made:
+        kubernetes_validate.validate(manifest, "1.30", strict=True)
+    service, job = made
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
-    arguments = pod["containers"][0]["args"][0]
-    assert arguments.startswith("exec python -m proglora_jax.main --config configs/") and "\n" not in arguments
-    assert int(re.search(r"--num_processes (\d+)", arguments)[1]) == spec["completions"] == spec["parallelism"]
+    train = pod["containers"][0]
+    assert train["args"] == ["--config", "c.py", "--workdir", "/runs/a", '--config.a=b "c" \\d & e']
+    assert (train["image"], train["resources"]["limits"]["nvidia.com/gpu"]) == ("r.io/x:1", 2)
+    command = train["command"][2]
+    assert command.startswith("exec python -m proglora_jax.main ") and "\n" not in command and command.endswith('"$@"')
+    assert int(re.search(r"--num_processes (\d+)", command)[1]) == spec["completions"] == spec["parallelism"] == 4
     name, port = job["metadata"]["name"], service["spec"]["ports"][0]["port"]
     assert service["spec"]["selector"] == {"job-name": name} and service["spec"]["clusterIP"] == "None"
     assert pod["subdomain"] == service["metadata"]["name"] and spec["completionMode"] == "Indexed"
-    assert f"--coordinator_address {name}-0.{pod['subdomain']}:{port} " in arguments
-    mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
-    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    assert f"--coordinator_address {name}-0.{pod['subdomain']}:{port} " in command
+    assert {mount["name"] for mount in train["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    code = int(re.search(r"--stopped_exit_code (\d+)", command)[1])  # a stopped run is no failure: the Job starts its pods again
+    assert [code] in [rule.get("onExitCodes", {}).get("values") for rule in spec["podFailurePolicy"]["rules"]]
+
+
+def test_a_manifest_that_does_not_fit_is_noticed():
+    service, job = manifests(dict(os.environ), "c.py", "/runs/a")
+    job["spec"]["parallelisms"] = 2
+    service["spec"]["ports"][0]["port"] = "many"
+    for manifest in (service, job):
+        with pytest.raises(kubernetes_validate.ValidationError):
+            kubernetes_validate.validate(manifest, "1.30", strict=True)
+
+
+def test_kubernetes_replaces_the_job_of_before(stubs, tmp_path):
+    environment, make, calls = stubs
+    make("kubectl", f'if [[ $1 == apply ]]; then cat > {tmp_path / "applied"}; fi')
+    subprocess.run(["bash", LAUNCH / "k8s" / "run.sh", "c.py", "/runs/a"], env=environment, check=True)
+    assert [call[0] for call in calls("kubectl")] == ["delete", "apply"]
+    assert [manifest["kind"] for manifest in yaml.safe_load_all((tmp_path / "applied").read_text())] == ["Service", "Job"]
+
+
+def test_the_image_holds_the_package_and_its_gpu_extra():
+    text = (LAUNCH / "k8s" / "Dockerfile").read_text()
+    steps = re.findall(r"^(FROM|WORKDIR|COPY|RUN|ENV|ENTRYPOINT|CMD)\b(.*)", text, re.MULTILINE)
+    assert steps[0][0] == "FROM" and steps[-1][0] == "CMD"
+    copied = [name for verb, rest in steps if verb == "COPY" for name in rest.split()[:-1]]
+    assert all((LAUNCH.parent / name).exists() for name in copied)
+    extras = configparser.ConfigParser()
+    extras.read(LAUNCH.parent / "setup.cfg")
+    assert re.search(r"\[(\w+)\]'", text)[1] in extras["options.extras_require"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_shellcheck_has_nothing_to_say(name):
+    tool = shutil.which("shellcheck", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
+    if tool is None:
+        pytest.skip("shellcheck is not installed: pip install -e '.[test]' brings it")
+    done = subprocess.run([tool, "--severity=style", LAUNCH / name], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_dry_runs_print_what_would_run_and_run_nothing(stubs):
+    environment, make, calls = stubs
+    for command in ("python", "srun", "scontrol", "gcloud", "kubectl"):
+        make(command)
+    make("git")
+    environment |= {"NAME": "n", "ZONE": "z", "TYPE": "t", "RUNTIME": "r"}
+    for name in SCRIPTS:
+        arguments = ["bash", LAUNCH / name, "--dry-run", "c.py", "runs/a", "--config.a=b"]
+        printed = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True).stdout
+        assert "proglora_jax.main" in printed and "c.py" in printed and "runs/a" in printed and "--config.a=b" in printed
+    assert not any(calls(command) for command in ("python", "srun", "scontrol", "gcloud", "kubectl"))
+
+
+TPU = {"NAME": "n", "ZONE": "z", "TYPE": "t", "RUNTIME": "r", "NFS": "10.0.0.2:/share", "PAUSE": "0"}
 
 
 def test_cloud_tpu_makes_the_slice_once_and_runs_on_all_hosts(stubs, tmp_path):
     environment, make, calls = stubs
-    make("gcloud", '[[ $4 != describe ]]')
+    make("gcloud")  # no state: the slice is not there
     make("git")  # no files: the archive is empty
-    environment |= {"NAME": "n", "ZONE": "z", "TYPE": "t", "RUNTIME": "r", "NFS": "10.0.0.2:/share"}
-    subprocess.run(["bash", LAUNCH / "cloud_tpu.sh", "c.py", "runs/a", "--config.a=b c"], env=environment, check=True)
+    subprocess.run(["bash", LAUNCH / "tpu_vm.sh", "c.py", "runs/a", "--config.a=b c"], env=environment | TPU, check=True)
     verbs = [call[3] for call in calls("gcloud") if len(call) > 3]
-    assert verbs[:3] == ["describe", "create", "scp"] and set(verbs[3:]) == {"ssh"}
-    last = (tmp_path / "calls").read_text().rpartition("proglora_jax.main")[2].replace("\\\n", " ")
-    assert last.split() == "--config c.py --workdir /mnt/proglora/runs/a --distributed --config.a=b\\ c".split()
+    assert verbs[:3] == ["describe", "create", "scp"] and set(verbs[3:]) == {"ssh", "describe"}
+    last = (tmp_path / "calls").read_text().rpartition("proglora_jax.main")[2].split("--zone")[0].replace("\\\n", " ").split("|")[0]
+    expected = "--config c.py --workdir /mnt/proglora/runs/a --distributed --stopped_exit_code 75 --config.a=b\\ c"
+    assert last.split() == expected.split()
+
+
+@pytest.mark.parametrize("state, code, makes", [("PREEMPTED", 1, 2), ("READY", 75, 1), ("READY", 3, 1)])
+def test_cloud_tpu_goes_on_after_preemption_and_not_after_a_failure(stubs, tmp_path, state, code, makes):
+    environment, make, calls = stubs
+    # the run ends with the code once, and well the second time; the slice is there when its marker is
+    make("gcloud", f"""here={tmp_path}/here ran={tmp_path}/ran
+case "$4" in
+  create) touch $here ;;
+  delete) rm $here ;;
+  describe) if [[ -e $here ]]; then if [[ -e $ran && {state} != READY ]]; then echo {state}; else echo READY; fi; fi ;;
+  ssh) if [[ $* == *proglora_jax.main* ]]; then if [[ -e $ran ]]; then rm $ran; exit 0; else touch $ran; exit {code}; fi; fi ;;
+esac""")
+    make("git")
+    done = subprocess.run(["bash", LAUNCH / "tpu_vm.sh", "c.py", "runs/a"], env=environment | TPU, timeout=30)
+    verbs = [call[3] for call in calls("gcloud") if len(call) > 3]
+    assert done.returncode == (code if code == 3 else 0)
+    assert verbs.count("create") == makes and verbs.count("delete") == makes - 1
+    assert sum("proglora_jax.main" in line for line in (tmp_path / "calls").read_text().splitlines()) == (1 if code == 3 else 2)

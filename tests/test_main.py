@@ -179,7 +179,8 @@ def test_help_is_quick_and_names_the_flags():
     )  # fmt: skip
     text = done.stdout
     assert done.returncode == 0 and done.stderr == ""
-    for flag in ("--config", "--workdir", "--[no]distributed", "--coordinator_address", "--num_processes", "--process_id"):
+    for flag in ("--config", "--workdir", "--[no]distributed", "--coordinator_address", "--num_processes", "--process_id",
+                 "--stopped_exit_code"):
         assert flag in text
     code = "import sys, proglora_jax.main; assert 'jax' not in sys.modules and 'flax' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60).returncode == 0

@@ -30,6 +30,7 @@ from proglora_jax.evaluation.evaluator import references, score_answers
 from proglora_jax.evaluation.scores import ScoreOptions
 from proglora_jax.training.console import Progress
 from proglora_jax.training.loop import Stopped
+from proglora_jax.training.processes import Round
 
 # Of an answers' header. A run that goes on with another batch size, as it must after running out of memory, keeps its answers.
 MUST_AGREE = ("task", "adapter", "questions", "max_new_tokens", "image_mode")
@@ -126,15 +127,17 @@ def _answers(session: Session, state: CLState, header: dict[str, Any], task_id: 
     generate = session.generator(header["max_new_tokens"])
     with Progress(f"evaluate {name}", len(questions), chief=session.chief) as progress:
         progress.update(len(entries))
-        for batch in batches.batches(first, session.settings.data.threads):
-            rows = _rows(session, questions, generate, state, batch)
+        prepared, told = batches.batches(first, session.settings.data.threads), Round(session.stop)
+        for number in range(first, len(batches)):
+            batch = told.next(prepared, lambda number=number: batches.blank(number))
+            rows = _rows(session, questions, generate, state, batch, told)
             entries |= {row["index"]: row for row in rows}
             if file is not None:
                 file.write("".join(_line(row) for row in rows))
                 file.flush()
                 os.fsync(file.fileno())
             progress.update(len(rows))
-            if session.stop.requested:
+            if told.stopping:
                 raise Stopped(f"stopped while evaluating {name} after {len(entries)} of {len(questions)} questions; the answers are kept")
     if file is not None:
         file.close()
@@ -142,9 +145,11 @@ def _answers(session: Session, state: CLState, header: dict[str, Any], task_id: 
     return _texts(entries), _mean_gates(entries)
 
 
-def _rows(session: Session, questions: list[Question], generate, state: CLState, batch) -> list[dict[str, Any]]:
+def _rows(session: Session, questions: list[Question], generate, state: CLState, batch, told: Round) -> list[dict[str, Any]]:
     out = generate(state.params, state.memory, session.llava, meshes.put_batch(batch, session.mesh), state.stage)
     out = {name: np.asarray(value) for name, value in out.items()}
+    if told.hear(out):  # the rows of a batch that one process could not read are left out together
+        raise told.failure()
     rows = []
     for row in np.flatnonzero(out["valid"]):
         index, count = int(out["example"][row]), int(out["count"][row])

@@ -25,6 +25,7 @@ from proglora_jax.core import mesh as meshes
 from proglora_jax.data.errors import UserError
 from proglora_jax.models.presets import PRESETS, LlavaConfig
 from proglora_jax.training import memory, roofline, shapes
+from proglora_jax.training.attention_choice import choose_attention
 from proglora_jax.training.console import format_seconds
 from proglora_jax.training.settings import ModelSettings, Settings, from_config
 
@@ -79,6 +80,7 @@ def diagnose(config: Mapping[str, Mapping[str, Any]], machine: Machine | None = 
         values.setdefault("data", {})["root"] = _NOT_SET
         notes.append("config.data.root is not set: name the folder that holds playground/ and cl_dataset/ before the run")
     settings = from_config(values)
+    settings, _ = choose_attention(settings, jax.default_backend())
     sizes, source = model_sizes(settings.model)
     found, problem = weights_found(settings.model)
     notes += [note for note in (problem, _encoders_problem(settings)) if note]

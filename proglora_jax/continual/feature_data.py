@@ -44,6 +44,14 @@ class FeatureBatches:
             "example": self.numbers[rows].astype(np.int32),
         }  # fmt: skip
 
+    def blank(self, number: int) -> dict[str, np.ndarray]:
+        """Never asked for: features lie in memory, so that there is always a batch.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"batch {number} of features cannot be unreadable")
+
     def get_state(self) -> dict[str, int | str]:
         """Position and fingerprint, ready for JSON."""
         return {"next_index": self.next_index, "fingerprint": self._fingerprint()}

@@ -28,6 +28,7 @@ from proglora_jax.data.rows import EncodedRows
 from proglora_jax.methods.base import TaskInfo, check_contract
 from proglora_jax.training import shapes
 from proglora_jax.training.loop import Stopped
+from proglora_jax.training.processes import asked_to_stop
 from proglora_jax.training.projector import projector_for_task
 
 
@@ -56,7 +57,7 @@ def run(session: Session) -> None:
         if session.chief:
             for progress in stage.folder(session.workdir).glob(f"{PROGRESS}*"):
                 shutil.rmtree(progress, ignore_errors=True)
-        if session.stop.requested:
+        if asked_to_stop(session.stop):
             raise Stopped(f"stopped after training stage {stage.number + 1}; the stage is saved")
         _evaluate_stage(session, stage, done)
         results.update(session, stages)

@@ -27,9 +27,9 @@ from proglora_jax.data.templates import get_template
 from proglora_jax.data.tokens import Encoder, Tokenizer, load_tokenizer
 from proglora_jax.evaluation.evaluator import references
 from proglora_jax.methods.base import Method, Phase
-from proglora_jax.models.layers import Settings as ModelOptions
 from proglora_jax.models.presets import PRESETS, LlavaConfig
 from proglora_jax.training import fisher, step
+from proglora_jax.training.attention_choice import choose_attention, model_options
 from proglora_jax.training.log import RunLogger
 from proglora_jax.training.loop import StopSignal
 from proglora_jax.training.settings import Settings
@@ -150,6 +150,7 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
         mesh = meshes.make_mesh(dataclasses.asdict(settings.mesh))
     except ValueError as error:
         raise UserError(str(error)) from error
+    settings, why = choose_attention(settings, mesh.devices.flat[0].platform)
     rows, ways = settings.evaluate.batch_size, meshes.batch_ways(mesh)
     if rows % ways:
         raise UserError(f"config.evaluate.batch_size={rows}: must be a multiple of the {ways} devices that share a batch")
@@ -172,7 +173,7 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
     _read_records(files, settings)
     llava = _load(source, settings, mesh)
     logger = RunLogger(workdir, settings.run.log_every_steps, settings.run.tensorboard, resumed, chief=jax.process_index() == 0)
-    logger.message(f"backbone {source.describe()}")
+    logger.message(f"backbone {source.describe()}; attention {settings.model.attention}: {why}")
     stop = stop or StopSignal()
     return Session(settings, Path(workdir), mesh, llava, source.fingerprint(), source.protocol, encoder, images, tasks, files, logger, stop)
 
@@ -217,5 +218,4 @@ def _read_records(files: Mapping[str, TaskData], settings: Settings) -> None:
 
 def _load(source: Source, settings: Settings, mesh: Mesh) -> Any:
     model = settings.model
-    options = ModelOptions(model.dtype, model.attention, model.unroll)
-    return load_source(source, jax.numpy.dtype(model.param_dtype), settings=options, mesh=mesh)
+    return load_source(source, jax.numpy.dtype(model.param_dtype), settings=model_options(model), mesh=mesh)

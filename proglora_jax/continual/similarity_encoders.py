@@ -60,8 +60,7 @@ def _backbone(session: Session) -> Encoders:
     """The vision tower's pooled features and the mean of the language model's word embeddings: no download, no context."""
     pool = "class" if session.settings.similarity.pool == "cls" else "mean"
 
-    @jax.jit
-    def features(llava, batch):
+    def summaries(llava, batch):
         x = llava.embed_tokens(batch["tokens"])
         parts = {
             "image": llava.image_summary(batch["image"], pool=pool),
@@ -70,6 +69,8 @@ def _backbone(session: Session) -> Encoders:
             "seen": batch["image_mask"],
         }
         return {part: meshes.replicate(value, session.mesh) for part, value in parts.items()}
+
+    features = jax.jit(meshes.on_mesh(summaries, session.mesh))
 
     def embed(rows: EncodedRows, numbers: np.ndarray) -> dict[str, np.ndarray]:
         means = {part: _Mean() for part in PARTS}

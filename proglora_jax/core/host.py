@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import glob
 import os
 import sys
 
 # mallopt's parameters (malloc.h) and what each is set to.
 _ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -8, -4, -1, -2
 _SETTINGS = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 1 << 26))
-_ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin", "libtpu")
+# Device files of NVIDIA and AMD GPUs and of TPUs.
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 
 
 def keep_freed_memory() -> bool:
@@ -37,4 +38,4 @@ def _cpu_only() -> bool:
     named = os.environ.get("JAX_PLATFORMS", "")
     if named:
         return named == "cpu"
-    return all(importlib.util.find_spec(name) is None for name in _ACCELERATORS)
+    return not any(glob.glob(pattern) for pattern in _ACCELERATORS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -42,6 +43,20 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
     return Mesh(devices.reshape(_sizes(shape, devices.size)), AXES)
 
 
+def described_devices(topology: str, platform: str = "tpu") -> list:
+    """Devices of a machine that need not be there, to compile for: "v5e:4x4" are 16 chips of a TPU v5e slice.
+
+    Raises:
+        ValueError: in one sentence, for a topology that the compiler does not know and where there is no compiler.
+    """
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform=platform, topology_name=topology).devices)
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # JAX's own errors are RuntimeErrors
+        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from error
+
+
 def abstract_mesh(shape: Mapping[str, int], count: int) -> AbstractMesh:
     """The mesh that `count` devices would make, to plan with: shardings have shapes on it, and no array can be placed.
 
@@ -76,7 +91,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_ways(mesh: Mesh) -> int:
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is split."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
@@ -84,6 +99,81 @@ def batch_ways(mesh: Mesh) -> int:
 def replicate(value: jax.Array, mesh: Mesh) -> jax.Array:
     """Inside jit: asks for the whole array on every device."""
     return jax.lax.with_sharding_constraint(value, replicated(mesh))
+
+
+def on_mesh(function: Callable, mesh: Mesh | AbstractMesh) -> Callable:
+    """A function to be jitted, traced with the mesh known to `split_rows` and `gather_weights` below it."""
+
+    @functools.wraps(function)
+    def traced(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
+
+
+def split_rows(tree: PyTree, axis: int = 0) -> PyTree:
+    """Under `on_mesh`: asks that an axis (the rows of a batch) be split over the batch axes and the others be whole; else nothing.
+
+    Without it the compiler lets the split of a kernel spread into the activations: on 16 chips it then computes all rows on every chip,
+    a sixteenth of each sum, and sums activations over the chips, which moves a hundred times the bytes of the weights themselves.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
+    even = lambda leaf: leaf.shape[axis] % batch_ways(mesh) == 0  # a single row, of which only the shape is asked, stays as it is
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, sharding) if even(leaf) else leaf, tree)
+
+
+def split_width(x: jax.Array) -> jax.Array:
+    """Under `on_mesh`: asks that the last axis be split over fsdp, as the kernels' inputs are, and rows over data alone; else nothing.
+
+    For one position a row: each chip multiplies its part of the kernel, and sums of a few rows are sent instead of weights.
+    """
+    return _narrow(x, "fsdp")
+
+
+def share_rows(x: jax.Array) -> jax.Array:
+    """Under `on_mesh`: asks that the devices along fsdp hold the same rows, whole; else nothing."""
+    return _narrow(x, None)
+
+
+def _narrow(x: jax.Array, last: str | None) -> jax.Array:
+    if not gathers():
+        return x
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = PartitionSpec("data", *[None] * (x.ndim - 2), last)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _fit(spec, x.shape, mesh)))
+
+
+def gather_weights(tree: PyTree, path: str, *, stacked: bool = False) -> PyTree:
+    """Under `on_mesh`: asks for the backbone's weights whole along the axis fsdp, where they are used; else nothing.
+
+    Args:
+        tree: parameters below `path`; a layer of a stack, or a parameter that is not stacked.
+        path: where they lie in the backbone, as in BACKBONE_RULES.
+        stacked: whether the rules speak of stacks of these, with a leading axis.
+    """
+    if not gathers():
+        return tree
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def gather(keys: tuple, leaf: jax.Array) -> jax.Array:
+        names = [str(getattr(key, "name", key)) for key in keys]
+        spec = list(_rule("/".join([path, *names])) or ())[1 if stacked else 0 :]
+        if "fsdp" not in spec:
+            return leaf
+        whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, _fit(whole, leaf.shape, mesh)))
+
+    return jax.tree_util.tree_map_with_path(gather, tree)
+
+
+def gathers() -> bool:
+    """Whether `gather_weights` has something to ask for here: under `on_mesh`, with an axis fsdp of more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape["fsdp"] > 1
 
 
 def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -117,9 +207,9 @@ def backbone_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSha
     Raises:
         ValueError: "no sharding rule matches the large parameter '...'" for more than 2**20 scalars without a rule.
     """
-    for pattern, spec in BACKBONE_RULES:
-        if re.search(pattern, path):
-            return NamedSharding(mesh, _fit(spec, shape, mesh))
+    spec = _rule(path)
+    if spec is not None:
+        return NamedSharding(mesh, _fit(spec, shape, mesh))
     if int(np.prod(shape)) > LARGE:
         raise ValueError(f"no sharding rule matches the large parameter '{path}' of shape {shape}: add one to core/mesh.py")
     return replicated(mesh)
@@ -128,6 +218,11 @@ def backbone_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSha
 def without_leading_axis(sharding: NamedSharding) -> NamedSharding:
     """The sharding of one layer of a stacked parameter, whose leading axis is not split."""
     return NamedSharding(sharding.mesh, PartitionSpec(*list(sharding.spec)[1:]))
+
+
+def _rule(path: str) -> PartitionSpec | None:
+    """What the first rule that matches a path says."""
+    return next((spec for pattern, spec in BACKBONE_RULES if re.search(pattern, path)), None)
 
 
 def _fit(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

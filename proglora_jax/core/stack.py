@@ -8,15 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from proglora_jax.core import mesh as meshes
+
 PyTree = Any
 
 # Values that the layers tag with jax.ad_checkpoint.checkpoint_name; a policy below may keep them for the backward pass.
 # "low_rank" is for an adapter's x @ A, which is small to keep and costs a read of x to recompute.
 SAVED_NAMES = ("query", "key", "value", "attention", "residual", "gate", "up", "low_rank")
 
+
+def _all_but_constraints(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps everything but what a sharding constraint returns: the gathered weights of a layer would be kept for every layer at once."""
+    return primitive.name != "sharding_constraint"
+
+
 _policies = jax.checkpoint_policies
-REMAT_POLICIES: dict[str, Callable | None] = {
-    "none": None,
+REMAT_POLICIES: dict[str, Callable] = {
+    "none": _all_but_constraints,
     "full": _policies.nothing_saveable,
     "dots": _policies.dots_with_no_batch_dims_saveable,
     "qkvo": _policies.save_only_these_names("query", "key", "value", "attention", "low_rank"),
@@ -38,7 +46,7 @@ def remat(body: Callable, policy: str) -> Callable:
     """
     if policy not in REMAT_POLICIES:
         raise ValueError(f"remat={policy!r} is unknown: choose one of {', '.join(REMAT_POLICIES)}")
-    if policy == "none":
+    if policy == "none" and not meshes.gathers():
         return body
     # Inside a scan the loop itself keeps forward and backward apart, so the costly barrier against CSE is not needed.
     return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)

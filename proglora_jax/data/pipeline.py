@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
@@ -26,11 +26,15 @@ class TrainIterator:
     """The batches of a plan for one process, in order, resumable at every step.
 
     After an error the iterator stays broken: Grain would go on behind the failed batch without a word.
+
+    Attributes:
+        blank: (number of a batch) -> a batch of the same shapes without content.
     """
 
-    def __init__(self, dataset: grain.MapDataset, threads: int, fingerprint: str):
-        """Args: dataset: one element per batch; threads: as in `train_iterator`; fingerprint: of everything behind it."""
+    def __init__(self, dataset: grain.MapDataset, threads: int, fingerprint: str, blank: Callable[[int], Batch]):
+        """Args: dataset: one element per batch; threads: as in `train_iterator`; fingerprint: of everything behind it; blank: as below."""
         self._fingerprint, self._length, self._error = fingerprint, len(dataset), None
+        self.blank = blank
         self._iterator = iter(dataset.to_iter_dataset(_read_options(threads)))
 
     def __iter__(self) -> TrainIterator:
@@ -119,8 +123,17 @@ def train_iterator(
         members = [load_row(rows, loader, int(number)) for number in plan.rows[n, share]]
         return collate(members, plan.buckets[plan.bucket[n]], rows.encoder.tokenizer.pad_id, (side, side))
 
+    def blank(n: int) -> Batch:
+        return _blank(share, plan.buckets[plan.bucket[n]], side)
+
     dataset = grain.MapDataset.source(range(len(plan))).map(load)
-    return TrainIterator(dataset, threads, _fingerprint(rows, plan, loader, settings or {}))
+    return TrainIterator(dataset, threads, _fingerprint(rows, plan, loader, settings or {}), blank)
+
+
+def _blank(share: slice, bucket: tuple[int, int], side: int) -> Batch:
+    """A batch of the right shapes with nothing in it: what a process that cannot read its rows gives to the step of all."""
+    return {name: np.zeros((share.stop - share.start, *field.shape[1:]), field.dtype)
+            for name, field in collate([], bucket, 0, (side, side)).items()}
 
 
 def _read_options(threads: int) -> grain.ReadOptions:
@@ -194,6 +207,11 @@ class EvalBatches:
         positions = self._lengths[self._bucket[members].max()]
         side = self._loader.spec.size
         return collate(rows, (positions, 0), self._encoder.tokenizer.pad_id, (side, side))
+
+    def blank(self, n: int) -> Batch:
+        """A batch of the shapes of batch n without content: no row is valid."""
+        members = self._order[n * self._batch_size : (n + 1) * self._batch_size]
+        return _blank(self._share, (self._lengths[self._bucket[members].max()], 0), self._loader.spec.size)
 
     def batches(self, start: int = 0, threads: int = 2) -> Iterator[Batch]:
         """Batches start, start + 1, ..., prepared ahead by threads (0: when asked)."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from proglora_jax.core import mesh as meshes
 from proglora_jax.core import stack
 from proglora_jax.models.layers import LayerNorm, Linear, Make, Settings, activation, attention, cut_patches
 from proglora_jax.models.presets import ClipConfig
@@ -71,7 +72,7 @@ class ClipVision(nnx.Module):
             return h
 
         def body(h: jax.Array, layer: ClipLayer):
-            return layer(h, settings), None
+            return meshes.gather_weights(layer, "vision/layers", stacked=True)(meshes.split_rows(h), settings), None
 
         return stack.scan(body, h, self.layers, count=count, unroll=settings.unroll)[0]
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from proglora_jax.core import mesh as meshes
 from proglora_jax.core import stack
 from proglora_jax.core.types import Adapter
 from proglora_jax.models.layers import Linear, Make, RMSNorm, Settings, activation, attention, rope_tables, rotate
@@ -108,11 +109,13 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Scores of the vocabulary, f32[..., V], from hidden[..., D]."""
-        if self.lm_head is None:
-            table = self.embed_tokens[...].astype(hidden.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-        return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+        name, weights = ("embed_tokens", self.embed_tokens[...]) if self.lm_head is None else ("lm_head", self.lm_head.kernel[...])
+        if hidden.ndim > 2:  # many positions a row; for one each it is cheaper to move the positions than the head
+            weights = meshes.gather_weights(weights, f"language/{name}")
+        else:
+            hidden = meshes.split_width(hidden)
+        equation = "...d,vd->...v" if self.lm_head is None else "...d,dv->...v"
+        return jnp.einsum(equation, hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def full(
         self, x: jax.Array, *, length: jax.Array | None, adapter: Adapter | None, remat: str, cache_size: int, settings: Settings
@@ -124,6 +127,7 @@ class Llama(nnx.Module):
 
         def body(h: jax.Array, scanned: tuple):
             layer, own, once = scanned
+            layer, h = meshes.gather_weights(layer, "language/layers", stacked=True), meshes.split_rows(h)
             context = _context(adapter, once, h)
             seen: dict[str, Any] = {}
             h, kept = layer(h, _adapted(layer, adapter, own, context, seen if cache_size else None), rotation, attend)
@@ -141,6 +145,7 @@ class Llama(nnx.Module):
         attend = _attend_full(None, 0, settings)
 
         def body(h: jax.Array, layer: LlamaLayer):
+            layer, h = meshes.gather_weights(layer, "language/layers", stacked=True), meshes.split_rows(h)
             return layer(h, _adapted(layer, None, {}, None), rotation, attend)[0], None
 
         return stack.scan(body, x, self.layers, count=count)[0]
@@ -154,11 +159,12 @@ class Llama(nnx.Module):
         decided = contexts is not None
         indices = jnp.arange(self.config.num_hidden_layers)
 
+        # The kernels stay split along fsdp: to move one position a row is cheaper than to move the weights for every token.
         def body(carry: tuple, scanned: tuple):
-            h, cache = carry
+            h, cache = meshes.split_width(carry[0]), carry[1]
             layer, own, once, index = scanned
             context = once if decided else _context(adapter, once, h)
-            h, cache = layer(h, _adapted(layer, adapter, own, context), rotation, _attend_step(cache, index, position))
+            h, cache = layer(h, _split(_adapted(layer, adapter, own, context)), rotation, _attend_step(cache, index, position))
             return (h, cache), None
 
         # The cache is carried, not scanned: so it is updated in place and never held twice.
@@ -192,6 +198,17 @@ def _adapted(layer: LlamaLayer, adapter: Adapter | None, leaves: Any, context: A
     return linear
 
 
+def _split(linear: Callable) -> Callable:
+    """Linears whose kernels stay split along fsdp: by their inputs in front of attention and MLP, by their outputs behind."""
+
+    def split(name: str, x: jax.Array) -> jax.Array:
+        if name in ("o_proj", "down_proj"):
+            return meshes.split_width(linear(name, meshes.share_rows(x)))
+        return meshes.share_rows(linear(name, meshes.split_width(x)))
+
+    return split
+
+
 def _attend_full(length: jax.Array | None, cache_size: int, settings: Settings) -> Callable:
     def attend(query: jax.Array, key: jax.Array, value: jax.Array):
         mixed = attention(query, key, value, implementation=settings.attention, causal=True, key_lengths=length)
@@ -205,6 +222,7 @@ def _attend_step(cache: Cache, index: jax.Array, position: jax.Array) -> Callabl
     rows = jnp.arange(position.shape[0])
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array):
+        query, key, value = meshes.split_rows((query, key, value))
         updated = Cache(cache.key.at[index, rows, position].set(key[:, 0]), cache.value.at[index, rows, position].set(value[:, 0]))
         own = stack.take(updated, index)
         # One query per row is bound by reading the cache, so there is nothing for a fused kernel to win.

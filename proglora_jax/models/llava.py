@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import Adapter, Targets
 from proglora_jax.models.clip import ClipVision
 from proglora_jax.models.layers import Linear, Make, Settings, activation, dense, fill, path_of
@@ -144,7 +145,7 @@ class Llava(nnx.Module):
         Returns:
             [B, T, D] in the compute dtype. A row without image tokens ignores its features.
         """
-        x = self.embed_tokens(tokens)
+        x = meshes.split_rows(self.embed_tokens(tokens))
         if image_features is None:
             return x
         here = tokens == self.config.image_token_id  # [B, T]

@@ -66,7 +66,8 @@ def make_squared_gradients(method: Method, mesh: Mesh, names: tuple[str, ...], k
 
         return jax.lax.scan(turn, total, turns)[0]
 
-    return jax.jit(add_batch if kind == "batch" else add_samples, donate_argnums=(0,), out_shardings=meshes.replicated(mesh))
+    add = meshes.on_mesh(add_batch if kind == "batch" else add_samples, mesh)
+    return jax.jit(add, donate_argnums=(0,), out_shardings=meshes.replicated(mesh))
 
 
 def zeros(params: PyTree, names: tuple[str, ...]) -> PyTree:

@@ -8,7 +8,7 @@ import math
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from proglora_jax.data.errors import UserError
 from proglora_jax.methods.base import ADAPTER, Method, Phase
 from proglora_jax.training import optim
 from proglora_jax.training.log import RunLogger
+from proglora_jax.training.processes import Round
 from proglora_jax.training.settings import TrainSettings
 
 IN_FLIGHT = 2
@@ -86,7 +87,7 @@ class PhasePlan:
 
 
 def train_phase(
-    *, plan: PhasePlan, state: PhaseState, frozen: PyTree, memory: PyTree, llava: Any, batches: Iterator[dict[str, np.ndarray]],
+    *, plan: PhasePlan, state: PhaseState, frozen: PyTree, memory: PyTree, llava: Any, batches: Any,
     step_function: Callable, method: Method, train: TrainSettings, mesh: Mesh, logger: RunLogger, stop: StopSignal,
     save: Callable[[PhaseState], None],
 ) -> PhaseState:
@@ -96,7 +97,7 @@ def train_phase(
         plan: what the phase is given.
         state: where it begins (or goes on).
         frozen, memory, llava: on the mesh; what the steps read.
-        batches: global batches, or this process's rows of them, from step `state.step` on.
+        batches: a `data.pipeline.TrainIterator`: global batches, or this process's rows of them, from step `state.step` on.
         step_function: from `step.make_train_step`.
         save: writes the progress; called every `plan.save_every` steps and before a stop.
 
@@ -110,13 +111,19 @@ def train_phase(
     """
     key = jax.random.key(plan.seed)
     waiting: collections.deque = collections.deque()
-    tokens, first = 0, state.step
+    tokens, first, told = 0, state.step, Round(stop)
 
     def settle(most: int) -> dict:
         """Reads losses until at most so many steps are in flight; returns the metrics of the last one read."""
         metrics: dict = {}
         while len(waiting) > most:
             done, metrics, *rows = waiting.popleft()
+            if told.hear(metrics):
+                waiting.clear()  # the steps behind it changed nothing either
+                state.step = done - 1
+                if state.step > first:
+                    save(state)
+                raise told.failure()
             state.loss = float(metrics["loss"])
             if not math.isfinite(state.loss):
                 raise UserError(_not_finite(plan, done, state.loss, *rows))
@@ -125,10 +132,10 @@ def train_phase(
     while state.step < plan.total:
         # ---- one step, dispatched without waiting for it
         try:
-            batch = next(batches)
+            batch = told.next(batches, lambda: batches.blank(state.step))
         except UserError:
             settle(0)
-            if state.step > first and jax.process_count() == 1:  # saving is for all processes together, and the others have their batch
+            if state.step > first:
                 save(state)
             raise
         rates = optim.learning_rates(train, method, state.step, plan.total, plan.phase)
@@ -144,10 +151,14 @@ def train_phase(
         waiting.append((state.step, metrics, batch["task_id"], batch["example"]))
 
         # ---- losses of the steps that have finished, a little behind
-        stopping = stop.requested  # read once: a signal may come at any line, and what the message says must be so
-        saving = state.step % plan.save_every == 0 or stopping
+        stopping = told.stopping  # read once: a signal may come at any line, and what the message says must be so
+        saving = state.step % plan.save_every == 0
         due = logger.due(state.step)
-        metrics = settle(0 if due or saving or state.step == plan.total else IN_FLIGHT)
+        metrics = settle(0 if due or saving or stopping or state.step == plan.total else IN_FLIGHT)
+        if told.heard_stop:  # several processes hear of it from the steps that have just been read
+            stopping = True
+            settle(0)
+        saving = saving or stopping
         if due:
             numbers = {name: float(value) for name, value in metrics.items()}
             logger.step(state.step, numbers | {"lr": rates[ADAPTER]}, tokens=tokens, memory_peak=memory_peak())

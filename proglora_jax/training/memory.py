@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -20,10 +19,9 @@ from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import PyTree
 from proglora_jax.models.llava import Llava
-from proglora_jax.training import optim, shapes
+from proglora_jax.training.programs import trace_train_step
 from proglora_jax.training.settings import Settings
 from proglora_jax.training.shapes import StageShapes
-from proglora_jax.training.step import make_train_step
 
 RUNTIME = 1_500_000_000
 """Bytes that the runtime and its libraries take on a device (assumed)."""
@@ -154,16 +152,7 @@ def compiled_memory(settings: Settings, llava: Llava, stage: StageShapes, rows: 
         bucket: (positions, label slots).
         mesh: of devices that are there.
     """
-    same = meshes.replicated(mesh)
-    place = lambda tree, sharding: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-    tree = {path: place(leaf, meshes.backbone_sharding(path, leaf.shape, mesh)) for path, leaf in trees.flatten(llava.to_tree()).items()}
-    model = Llava.from_tree(llava.config, trees.unflatten(tree), llava.settings)
-    trainable, frozen = trees.partition(stage.state.params, stage.mask)
-    moments = jax.eval_shape(optim.transform(settings.train).init, trainable)
-    batch = place(shapes.abstract_batch(rows, bucket, llava.config.vision_config.image_size), meshes.batch_sharding(mesh))
-    step = make_train_step(settings.method, settings.train, settings.model.remat, False, mesh)
-    held = [place(part, same) for part in (trainable, moments, frozen, stage.state.memory)]
-    analysis = step.lower(*held, model, batch, place(_control(settings), same)).compile().memory_analysis()
+    analysis = trace_train_step(settings, llava, stage, rows, bucket, mesh).lower().compile().memory_analysis()
     if analysis is None:
         return []
     return [
@@ -172,13 +161,3 @@ def compiled_memory(settings: Settings, llava: Llava, stage: StageShapes, rows: 
         Part("temporaries", analysis.temp_size_in_bytes),
         Part("runtime", RUNTIME),
     ]
-
-
-def _control(settings: Settings) -> PyTree:
-    """What a step is told beside its batch, as shapes."""
-    rates = optim.learning_rates(settings.train, settings.method, 0, 1)
-    return {
-        "stage": jax.ShapeDtypeStruct((), jnp.int32), "step": jax.ShapeDtypeStruct((), jnp.int32),
-        "progress": jax.ShapeDtypeStruct((), jnp.float32), "key": jax.eval_shape(lambda: jax.random.key(0)),
-        "rates": {name: jax.ShapeDtypeStruct((), jnp.float32) for name in rates}, "running": {},
-    }

@@ -7,8 +7,12 @@ import dataclasses
 from proglora_jax.core.types import Targets
 from proglora_jax.models.presets import LlavaConfig
 
-# What the backward pass computes again of a layer's forward pass: names of linears, "attention", or "all".
-_AGAIN = {"none": (), "dots": ("attention",), "qkvo_mlp": (), "qkvo": ("o_proj", "gate_proj", "up_proj"), "full": ("all",)}
+# What the backward pass computes again of a layer's forward pass: names of linears, "attention", "low_rank". Not even "full" has
+# down_proj: its output is the next layer's input, which is kept, and no gradient asks for it (seen in the traced step).
+_AGAIN = {
+    "none": (), "dots": ("attention",), "qkvo_mlp": (), "qkvo": ("o_proj", "gate_proj", "up_proj"),
+    "full": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "attention", "low_rank"),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,7 @@ def training_work(config: LlavaConfig, targets: Targets, positions: int, labels:
     low_rank = 2 * width * ranks * positions
     model = 2 * forward + 3 * mixing + 2 * head
     again = sum(2 * linears.get(name, 0) * positions for name in _AGAIN[remat])
-    again += mixing if _AGAIN[remat] == ("attention",) else forward + mixing + low_rank if _AGAIN[remat] == ("all",) else 0
+    again += mixing * ("attention" in _AGAIN[remat]) + low_rank * ("low_rank" in _AGAIN[remat])
     adapter = 2 * low_rank + 2 * width * own_ranks * positions
     projected = 2 * config.image_tokens * (config.vision_config.hidden_size * text.hidden_size + text.hidden_size**2)
     projector = 2 * projected + 2 * config.image_tokens * text.hidden_size**2  # no gradient goes into the vision tower
@@ -72,3 +76,30 @@ def _attention(config: LlavaConfig, positions: int) -> float:
     """Causal attention of all layers, forward: half of the two products."""
     text = config.text_config
     return 2 * positions**2 * text.num_attention_heads * text.head_dim * text.num_hidden_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What is known of an accelerator.
+
+    Attributes:
+        name: as people say it.
+        hbm: bytes that a program may use, as its compiler says; 0 where unknown.
+        peak: floating-point operations per second in bfloat16, as published; 0 where unknown.
+    """
+
+    name: str
+    hbm: int
+    peak: float
+
+
+CHIPS = {  # by JAX's device kind
+    "TPU v5 lite": Chip("TPU v5e", int(15.75 * 2**30), 197e12),
+    "TPU v5": Chip("TPU v5p", int(95.74 * 2**30), 459e12),
+    "TPU v6 lite": Chip("TPU v6e", int(31.25 * 2**30), 918e12),
+}
+
+
+def chip_of(kind: str) -> Chip:
+    """The chip of a device kind; one that is not in the table has its kind as name, and nothing else is known of it."""
+    return CHIPS.get(kind, Chip(kind, 0, 0.0))

@@ -29,7 +29,7 @@ class ModelSettings:
         preset: sizes that the folder must have, a name of models/presets.py; "" takes any. Plans without weights are made from it.
         dtype: compute dtype, "float32" or "bfloat16".
         param_dtype: dtype in which the frozen backbone is held.
-        attention: "xla" or "cudnn".
+        attention: "xla", "cudnn" (NVIDIA GPUs, 16 bits), or "auto", see training/attention_choice.py.
         remat: rematerialisation policy by name, see core/stack.py.
         unroll: layers per turn of the loop over layers.
     """
@@ -40,7 +40,7 @@ class ModelSettings:
     preset: str = ""
     dtype: str = "float32"
     param_dtype: str = "float32"
-    attention: str = "xla"
+    attention: str = "auto"
     remat: str = "none"
     unroll: int = 1
 

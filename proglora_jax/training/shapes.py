@@ -15,10 +15,10 @@ from proglora_jax.core.types import CLState, PyTree
 from proglora_jax.data.batch import collate
 from proglora_jax.methods.base import Method, TaskInfo
 from proglora_jax.methods.views import Probe
-from proglora_jax.models.layers import Settings as ModelOptions
 from proglora_jax.models.llava import Llava, abstract_llava
 from proglora_jax.models.presets import LlavaConfig
 from proglora_jax.training import fisher
+from proglora_jax.training.attention_choice import model_options
 from proglora_jax.training.console import ParameterRow, parameter_table
 from proglora_jax.training.settings import ModelSettings
 from proglora_jax.training.step import make_probe
@@ -34,8 +34,7 @@ class StageShapes(NamedTuple):
 
 def abstract_backbone(config: LlavaConfig, settings: ModelSettings) -> Llava:
     """The backbone as a run would hold it, leaves are jax.ShapeDtypeStruct."""
-    options = ModelOptions(settings.dtype, settings.attention, settings.unroll)
-    return abstract_llava(config, jnp.dtype(settings.param_dtype), options)
+    return abstract_llava(config, jnp.dtype(settings.param_dtype), model_options(settings))
 
 
 def abstract_batch(rows: int, bucket: tuple[int, int], image_size: int) -> dict[str, jax.ShapeDtypeStruct]:

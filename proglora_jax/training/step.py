@@ -19,6 +19,7 @@ from proglora_jax.evaluation.generate import generate
 from proglora_jax.methods.base import PROJECTOR, GateInputs, Method, Phase
 from proglora_jax.methods.views import Pass, Passes
 from proglora_jax.training import losses, optim
+from proglora_jax.training.processes import FAILED, FLAG
 from proglora_jax.training.settings import TrainSettings
 
 Batch = Mapping[str, jax.Array]
@@ -158,7 +159,7 @@ def make_train_step(
         split = jax.tree.map(lambda leaf: leaf.reshape(-1, parts, *leaf.shape[1:]).swapaxes(0, 1), (dict(batch), scale))
 
         def accumulate(total, part):
-            index, (rows, scale) = part
+            index, (rows, scale) = part[0], meshes.split_rows(part[1])
             return jax.tree.map(jnp.add, total, gradient(trainable, rows, scale, jax.random.fold_in(key, index))), None
 
         zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
@@ -166,14 +167,33 @@ def make_train_step(
         return jax.lax.scan(accumulate, zero, (jnp.arange(parts), split))[0]
 
     def step(trainable, opt_state, frozen, memory, llava, batch, control):
+        before, (batch, flag) = (trainable, opt_state), _without_flag(batch)
         (loss, logged), gradients = loss_and_gradients(trainable, frozen, memory, llava, batch, control)
         trainable, opt_state = _update(method, optimizer, gradients, trainable, opt_state, memory, control)
         tokens = batch["label_mask"].sum()
         metrics = logged | {"loss": loss, "grad_norm": optim.global_norm(gradients), "supervised_tokens": tokens}
-        return trainable, opt_state, metrics | _running(method, control, logged)
+        return _unless_failed(flag, before, control, trainable, opt_state, metrics | _running(method, control, logged))
 
     same = meshes.replicated(mesh)
-    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(same, same, same))
+    return jax.jit(meshes.on_mesh(step, mesh), donate_argnums=(0, 1), out_shardings=(same, same, same))
+
+
+def _without_flag(batch: Batch) -> tuple[Batch, jax.Array | None]:
+    """A batch without its rows' flags, and the largest of all processes' flags; None in a run of one process, which has none."""
+    if FLAG not in batch:
+        return batch, None
+    return {name: value for name, value in batch.items() if name != FLAG}, batch[FLAG].max()
+
+
+def _unless_failed(flag, before, control, trainable, opt_state, metrics) -> tuple[PyTree, PyTree, dict[str, Any]]:
+    """What a step returns; one in which a process had no rows is undone, the running statistics too."""
+    if flag is None:
+        return trainable, opt_state, metrics
+    keep = lambda old, new: jnp.where(flag == FAILED, old, new)
+    trainable, opt_state = jax.tree.map(keep, before, (trainable, opt_state))
+    if "running" in metrics:
+        metrics = metrics | {"running": jax.tree.map(keep, control["running"], metrics["running"])}
+    return trainable, opt_state, metrics | {FLAG: flag}
 
 
 def _make_feature_step(method: Method, train: TrainSettings, mesh: Mesh) -> Callable:
@@ -182,6 +202,7 @@ def _make_feature_step(method: Method, train: TrainSettings, mesh: Mesh) -> Call
 
     def step(trainable, opt_state, frozen, memory, llava, batch, control):
         del llava
+        before, (batch, flag) = (trainable, opt_state), _without_flag(batch)
 
         def loss(trainable):
             total, logged, seen = method.feature_loss(trees.merge(frozen, trainable), memory, batch["features"], control["stage"])
@@ -190,10 +211,10 @@ def _make_feature_step(method: Method, train: TrainSettings, mesh: Mesh) -> Call
         (total, (logged, seen)), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         trainable, opt_state = _update(method, optimizer, gradients, trainable, opt_state, memory, control)
         metrics = logged | {"loss": total, "grad_norm": optim.global_norm(gradients)}
-        return trainable, opt_state, metrics | _running(method, control, seen)
+        return _unless_failed(flag, before, control, trainable, opt_state, metrics | _running(method, control, seen))
 
     same = meshes.replicated(mesh)
-    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(same, same, same))
+    return jax.jit(meshes.on_mesh(step, mesh), donate_argnums=(0, 1), out_shardings=(same, same, same))
 
 
 def _update(method, optimizer, gradients, trainable, opt_state, memory, control) -> tuple[PyTree, PyTree]:
@@ -221,7 +242,7 @@ def make_probe(method: Method, mesh: Mesh) -> Callable:
             inputs = dataclasses.replace(inputs, contexts=llava.decode(x, adapter=adapter, cache_size=x.shape[1]).contexts)
         return method.probe(params, memory, inputs)
 
-    return jax.jit(probe, out_shardings=meshes.replicated(mesh))
+    return jax.jit(meshes.on_mesh(probe, mesh), out_shardings=meshes.replicated(mesh))
 
 
 def make_generator(method: Method, mesh: Mesh, max_new_tokens: int, eos_id: int, pad_id: int, vocab_limit: int) -> Callable:
@@ -231,6 +252,7 @@ def make_generator(method: Method, mesh: Mesh, max_new_tokens: int, eos_id: int,
     """
 
     def answer(params, memory, llava, batch, stage) -> dict[str, jax.Array]:
+        batch, flag = _without_flag(batch)
         sight = look(llava, method, params, memory, batch, stage)
 
         def make_adapter(x, rows):
@@ -247,6 +269,6 @@ def make_generator(method: Method, mesh: Mesh, max_new_tokens: int, eos_id: int,
         return {
             "tokens": out.tokens, "count": out.count, "hit_cap": out.hit_cap, "example": batch["example"], "valid": batch["valid"],
             "gates": jnp.broadcast_to(blocks, (batch["tokens"].shape[0], blocks.shape[-1])),
-        }
+        } | ({} if flag is None else {FLAG: flag})
 
-    return jax.jit(answer, out_shardings=meshes.replicated(mesh))
+    return jax.jit(meshes.on_mesh(answer, mesh), out_shardings=meshes.replicated(mesh))

@@ -137,7 +137,7 @@ def test_a_language_model_a_clip_and_a_projector(saved, tmp_path, whole_clip):
         np.testing.assert_allclose(head[:, row], np.mean(head[:, :64], axis=1), rtol=1e-5, atol=1e-7)
     tree["language"] |= {"embed_tokens": table[:64], "lm_head": {"kernel": head[:, :64]}}
     chex.assert_trees_all_equal(tree, whole)
-    with pytest.raises(UserError, match="language model without a vision tower; give the folder of a CLIP: .* --vision in tools convert"):
+    with pytest.raises(UserError, match="language model without a vision tower; give the folder of a CLIP: .* --vision in the tools"):
         load_llava(tmp_path / "language")
     with pytest.raises(UserError, match="holds no projector; give the one .*: config.model.projector_path in a run, --projector in"):
         load_llava(tmp_path / "language", vision_folder=tmp_path / "vision")

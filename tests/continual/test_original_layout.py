@@ -81,7 +81,7 @@ def test_doctor_finds_the_three_places_and_says_what_is_missing(parts, capsys):
     assert "4 problem(s): no tensor multi_modal_projector.linear_1" in said and "backbone vicuna" not in said
     alone = f"--config.model.path={parts['model__path']}"
     assert tools.main(["doctor", f"--config={tiny_run.CONFIGS / 'coin_mini.py'}:method=lora", alone]) == 1
-    assert "without a vision tower; give the folder of a CLIP as vision_folder (config.model.vision_path" in capsys.readouterr().err
+    assert "without a vision tower; give the folder of a CLIP: config.model.vision_path" in capsys.readouterr().err
 
 
 def test_check_data_measures_with_the_tokenizer_that_a_run_would_use(parts, tmp_path, capsys):

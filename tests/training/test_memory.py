@@ -156,7 +156,9 @@ def test_work_agrees_with_the_roofline_of_the_design(preset, positions, model, m
 def test_recomputing_costs_what_it_recomputes():
     llava = backbone("llava15_7b")
     work = lambda remat: roofline.training_work(llava.config, llava.targets(), 704, 64, remat, 128, 16)
-    assert work("full").total / 989e12 * 1e3 == pytest.approx(29.6, rel=0.02)
+    # the design's 29.6 ms has down_proj computed again, which no gradient asks for
+    spared = 2 * 4096 * 11008 * 32 * 704 / 989e12 * 1e3
+    assert work("full").total / 989e12 * 1e3 == pytest.approx(29.6 - spared, rel=0.02)
     assert work("none") == work("qkvo_mlp") and work("dots").total < work("qkvo").total < work("full").total
     assert work("full").model == work("none").model, "what is computed again does not count"
 

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Cloud TPU: makes a TPU VM slice, installs this checkout on every host, and runs there until the run has finished.
+#
+#   NAME=proglora ZONE=us-east5-b TYPE=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite NFS=10.0.0.2:/share \
+#     launch/tpu_vm.sh configs/coin.py runs/coin --config.method.name=proglora_dynamic
+#   ... launch/tpu_vm.sh --dry-run configs/coin.py runs/coin      prints the commands
+#
+# The workdir is relative to the NFS share (Filestore), which is mounted on every host. A slice of one host can do without NFS and
+# keeps the workdir on its own disk, which goes with the slice. A bucket mounted with gcsfuse will not do: checkpoints need renames that
+# happen at once. Spot slices are taken away at any time: the run gets SIGTERM and saves; this script makes the slice again and goes on.
+# It leaves the slice in place when the run ends; remove it with
+#   gcloud compute tpus tpu-vm delete "$NAME" --zone "$ZONE"
+# On a slice JAX finds the other hosts by itself: "--distributed" needs no addresses.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+dry=0
+if [[ ${1:-} == --dry-run ]]; then dry=1; shift; fi
+if (( $# < 2 )); then
+  echo "usage: NAME=... ZONE=... TYPE=... RUNTIME=... [NFS=...] launch/tpu_vm.sh [--dry-run] CONFIG WORKDIR [FLAGS OF proglora_jax.main ...]" >&2
+  exit 2
+fi
+: "${NAME:?a name for the slice}" "${ZONE:?its zone}" "${TYPE:?its type, e.g. v5litepod-16}" "${RUNTIME:?its software version}"
+config=$(printf '%q' "$1") workdir=$(printf '%q' "$2")
+shift 2
+flags=
+if (( $# )); then flags=$(printf ' %q' "$@"); fi
+shared='~'
+if [[ -n ${NFS:-} ]]; then shared=/mnt/proglora; fi
+
+tpu_vm() {  # VERB ARGUMENTS ...
+  if (( dry )); then { printf '%q ' gcloud compute tpus tpu-vm "$@" --zone "$ZONE"; echo; } >&3; return; fi
+  gcloud compute tpus tpu-vm "$@" --zone "$ZONE"
+}
+exec 3>&1
+on_all_hosts() { tpu_vm ssh "$NAME" --worker=all --command "$1"; }
+state() { if (( ! dry )); then tpu_vm describe "$NAME" --format 'value(state)' 2>/dev/null || true; fi; }
+
+prepare() {  # the slice with this checkout, without its history and environments
+  if [[ -z $(state) ]]; then tpu_vm create "$NAME" --accelerator-type "$TYPE" --version "$RUNTIME" --spot; fi
+  git ls-files -z | tar --create --gzip --null --files-from=- --file "$archive"
+  tpu_vm scp "$archive" "$NAME":proglora.tar.gz --worker=all
+  on_all_hosts "set -e
+    mkdir -p proglora && tar --extract --gzip --file proglora.tar.gz --directory proglora
+    command -v python3.11 || { sudo apt-get update -qq && sudo apt-get install -y -qq python3.11 python3.11-venv; }
+    python3.11 -m venv ~/environment && ~/environment/bin/pip install --quiet -e './proglora[tpu]'"
+  if [[ -n ${NFS:-} ]]; then
+    on_all_hosts "command -v mount.nfs || { sudo apt-get update -qq && sudo apt-get install -y -qq nfs-common; }
+      sudo mkdir -p $shared && { mountpoint --quiet $shared || sudo mount $(printf '%q' "$NFS") $shared; }"
+  fi
+}
+
+archive=$(mktemp)
+trap 'rm -f "$archive"' EXIT
+while :; do
+  prepare
+  status=0
+  on_all_hosts "cd proglora && exec ~/environment/bin/python -m proglora_jax.main \\
+    --config $config --workdir $shared/$workdir --distributed --stopped_exit_code 75$flags" || status=$?
+  now=$(state)
+  if (( status == 0 || dry )); then exit; fi
+  # a slice that is still there has failed for another reason than preemption, unless the run says that it was stopped
+  if [[ $now == READY ]] && (( status != 75 )); then exit "$status"; fi
+  if [[ -n $now && $now != READY ]]; then tpu_vm delete "$NAME" --quiet; fi
+  sleep "${PAUSE:-60}"
+done

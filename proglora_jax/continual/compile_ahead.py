@@ -1,0 +1,210 @@
+"""Compiles a run's programs for accelerators that are not there: does it fit, what does it compute, what do the chips tell each other.
+
+The programs are those of a run, with its shardings, from shapes alone: no weights, no data and no accelerator are needed, only the
+compiler (for TPUs the wheel libtpu, extra "aot"). What memory and collectives say is exact for this compiler; nothing is timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import logging
+from jax.sharding import Mesh
+
+from proglora_jax.continual.compile_table import compile_text
+from proglora_jax.continual.doctor import model_sizes
+from proglora_jax.continual.doctor_memory import MemoryPlan
+from proglora_jax.continual.doctor_plan import planned_stages
+from proglora_jax.core import mesh as meshes
+from proglora_jax.core import tree as trees
+from proglora_jax.data.errors import UserError
+from proglora_jax.training import collectives, flops, memory, programs, roofline, shapes
+from proglora_jax.training.attention_choice import choose_attention
+from proglora_jax.training.settings import Settings, from_config
+
+PROGRAMS = ("train", "answer")
+# What libtpu asks of its surroundings when there is no TPU: no metadata server, no other hosts, no lock on a chip.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What is to be compiled.
+
+    Attributes:
+        topology: a slice as its compiler names it, "v5e:4x4", "v5p:2x2x1", "v6e:2x4".
+        programs: some of PROGRAMS.
+        positions: padded lengths to compile for, buckets of the config; () takes its largest.
+        hlo: folder for the compiled programs' text; "" keeps none.
+    """
+
+    topology: str
+    programs: tuple[str, ...] = PROGRAMS
+    positions: tuple[int, ...] = ()
+    hlo: str = ""
+
+
+def compile_ahead(config: Mapping[str, Mapping[str, Any]], order: Order) -> dict[str, Any]:
+    """Compiles and measures.
+
+    Args:
+        config: as for `main.run`; data.root and model.path may be empty.
+        order: what is to be compiled.
+
+    Returns:
+        The report, ready for JSON; `compile_text` makes a table of it. "fits" is False where any program does not fit.
+
+    Raises:
+        UserError: for a config that no run would accept, and where the compiler is not there.
+    """
+    values = {section: dict(fields) for section, fields in config.items()}
+    values.setdefault("data", {})["root"] = values.get("data", {}).get("root") or "(not set)"
+    settings = from_config(values)
+    mesh = described_mesh(settings, order.topology)
+    settings, _ = choose_attention(settings, mesh.devices.flat[0].platform)
+    chip = roofline.chip_of(mesh.devices.flat[0].device_kind)
+    sizes, source = model_sizes(settings.model)
+    llava = shapes.abstract_backbone(sizes, settings.model)
+    stages = planned_stages(settings, llava, mesh)
+    batches = [stage.batch for stage in stages if stage.train_rows]
+    plan = MemoryPlan(settings, llava, stages[-1].shapes, mesh, float(chip.hbm), batches)
+    _check_split(plan)
+    results = [_compile(plan, name, positions, order) for name in order.programs for positions in _lengths(settings, name, order.positions)]
+    trainable = trees.partition(plan.stage.state.params, plan.stage.mask)[0]
+    report = {
+        "topology": order.topology, "chips": int(mesh.size), "chip": chip.name, "hbm": chip.hbm, "mesh": dict(mesh.shape),
+        "model": source, "method": settings.method.name, "remat": settings.model.remat, "attention": settings.model.attention,
+        "micro_batches": settings.train.micro_batches, "trainable_bytes": trees.count_bytes(trainable),
+        "backbone_bytes": trees.count_bytes(llava.to_tree()), "backbone_bytes_per_chip": memory.backbone_bytes(llava, mesh),
+        "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu", "flax")},
+        "fits": all(result["fits"] for result in results), "programs": results,
+    }
+    return report | {"advice": [] if report["fits"] else advice(plan)}
+
+
+def described_mesh(settings: Settings, topology: str) -> Mesh:
+    """The config's mesh on a slice that is only described.
+
+    Raises:
+        UserError: "--topology <name>: ..." where there is no compiler for it, or the mesh does not fit its number of chips.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    platform = "cuda" if re.match(r"(cuda|gpu|[abh]\d00)\b", topology.lower()) else "tpu"
+    try:
+        devices = meshes.described_devices(topology, platform)
+    except ValueError as error:
+        missing = "JAX describes GPUs that are not there only through its CUDA plugin (jax[cuda12]) and a target configuration of the " \
+                  "GPU, which are not here; on a machine with the GPU, tools doctor --compile does it"
+        wanted = "names look like v5e:4x4, v5p:2x2x1 or v6e:2x4, and the compiler comes with pip install 'proglora-jax[aot]'"
+        raise UserError(f"--topology {topology}: {error}; {missing if platform == 'cuda' else wanted}") from error
+    try:
+        return meshes.make_mesh(dataclasses.asdict(settings.mesh), devices)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def advice(plan: MemoryPlan) -> list[str]:
+    """Which settings would make it fit, by the estimate of `tools doctor`; where that finds room, as if there were less memory."""
+    for share in (1.0, 0.85, 0.7, 0.55, 0.4):
+        found = dataclasses.replace(plan, limit=share * plan.limit).warnings()
+        if found:
+            return found
+    return ["the estimate of tools doctor sees room for it: compile with more micro-batches or another remat policy"]
+
+
+def write_report(report: Mapping[str, Any], path: str) -> None:
+    """Writes a report as JSON."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(report, indent=1) + "\n")
+
+
+def _check_split(plan: MemoryPlan) -> None:
+    ways, parts = meshes.batch_ways(plan.mesh), plan.settings.train.micro_batches
+    if any(batch % (ways * parts) for batch in plan.batches) or plan.settings.evaluate.batch_size % ways:
+        raise UserError("; ".join(dataclasses.replace(plan, limit=0.0).warnings()))
+
+
+def _lengths(settings: Settings, program: str, positions: Sequence[int]) -> list[int]:
+    known = [bucket[0] for bucket in settings.data.buckets] if program == "train" else list(settings.evaluate.prompt_lengths)
+    if not positions:
+        return known[-1:]
+    strange = [length for length in positions if length not in known]
+    if strange:
+        field = "data.buckets" if program == "train" else "evaluate.prompt_lengths"
+        raise UserError(f"--positions {strange[0]}: not in config.{field}, which has {', '.join(map(str, known))}")
+    return list(positions)
+
+
+def _compile(plan: MemoryPlan, program: str, positions: int, order: Order) -> dict[str, Any]:
+    """Compiles one program and reads what the compiler says of it."""
+    settings, llava, stage, mesh = plan.settings, plan.llava, plan.stage, plan.mesh
+    if program == "train":
+        labels = dict(settings.data.buckets)[positions]
+        rows = max(plan.batches, default=0)
+        if not rows:
+            raise UserError(f"--program train: config.method.name='{settings.method.name}' trains nothing")
+        shown = {"rows": rows, "positions": positions, "labels": labels}
+        traced = programs.trace_train_step(settings, llava, stage, rows, (positions, labels), mesh)
+    else:
+        rows, new_tokens = settings.evaluate.batch_size, plan.longest_answer()
+        shown = {"rows": rows, "positions": positions, "new_tokens": new_tokens}
+        traced = programs.trace_generator(settings, llava, stage, rows, positions, new_tokens, mesh)
+    work = flops.matmul_work(traced.jaxpr)
+    result = {"program": program, **shown, "flops": work.total / mesh.size, "flops_per_new_token": work.turn / mesh.size}
+    logging.info("compiling %s at %d positions for %s; this takes minutes", program, positions, order.topology)
+    began = time.monotonic()
+    try:
+        compiled = traced.lower().compile()
+    except Exception as error:  # the compiler's errors are of the runtime's own type
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return result | {"fits": False, "compile_seconds": time.monotonic() - began, "error": _first_lines(str(error))}
+    text = compiled.as_text()
+    if order.hlo:
+        os.makedirs(order.hlo, exist_ok=True)
+        with open(os.path.join(order.hlo, f"{program}_{positions}.txt"), "w", encoding="utf-8") as file:
+            file.write(text)
+    return result | _measured(compiled, text, work, mesh) | {"fits": True, "compile_seconds": time.monotonic() - began}
+
+
+def _measured(compiled: Any, text: str, work: flops.MatmulWork, mesh: Mesh) -> dict[str, Any]:
+    """Memory of a chip, collectives, and how evenly the matmuls are split."""
+    held = compiled.memory_analysis()
+    parts = {
+        "arguments": held.argument_size_in_bytes, "results": held.output_size_in_bytes - held.alias_size_in_bytes,
+        "temporaries": held.temp_size_in_bytes, "code": held.generated_code_size_in_bytes,
+    }
+    counted = (compiled.cost_analysis() or {}).get("flops", 0.0)
+    return {
+        "memory": parts, "memory_total": sum(parts.values()),
+        # XLA's own count of a chip takes loop bodies once; so does `once`. 1 means that no chip computes what another does as well.
+        "flops_of_a_chip_to_its_share": counted / (work.once / mesh.size) if work.once else None,
+        "collectives": [dataclasses.asdict(one) | {"moved": one.moved} for one in collectives.collectives(text)],
+    }
+
+
+def _first_lines(text: str) -> str:
+    """What an error of the compiler says, without its listing of buffers."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])[:500]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+__all__ = ["PROGRAMS", "Order", "advice", "compile_ahead", "compile_text", "described_mesh", "write_report"]

@@ -1,0 +1,96 @@
+"""Programs compiled for TPU slices that are not there: at tiny size with the real compiler, and what is said where they do not fit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import types
+
+import jax
+import pytest
+import tiny_llava
+import tiny_run
+
+from proglora_jax import tools
+from proglora_jax.continual import compile_ahead
+from proglora_jax.continual.compile_ahead import Order
+from proglora_jax.data.errors import UserError
+from proglora_jax.models import presets
+from proglora_jax.training import programs
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed: pip install -e '.[aot]'")
+TINY = ["--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.method.rank=2", "--config.method.dropout=0.0",
+        "--config.data.buckets=((128,8),)", "--config.data.max_length=128", "--config.evaluate.prompt_lengths=(128,)",
+        "--config.evaluate.max_new_tokens=4", "--config.train.micro_batches=1"]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The arguments of `tools compile` for the tiny LLaVA under the name of the 7B one."""
+    monkeypatch.setitem(presets.PRESETS, "llava15_7b", lambda: tiny_llava.CONFIG)
+    config = f"{tiny_run.CONFIGS / 'coin.py'}:method=lora,batches=mcitlib64"
+    return ["compile", "--config", config, "--topology", "v5e:2x2", *TINY]
+
+
+@needs_compiler
+def test_the_programs_of_a_run_compile_for_a_slice(tiny, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    assert tools.main([*tiny, "--json", str(path), "--hlo", str(tmp_path / "hlo")]) == 0
+    report, text = json.loads(path.read_text()), capsys.readouterr().out
+    train, answer = report["programs"]
+    assert (report["chips"], report["chip"], report["mesh"]) == (4, "TPU v5e", {"data": 1, "fsdp": 4, "model": 1})
+    assert report["fits"] and not report["advice"] and f"{train['memory_total'] / 2**30:.2f} of 15.75 GiB a chip" in text
+    held = report["backbone_bytes_per_chip"] + 3 * report["trainable_bytes"]
+    assert 0 < held <= train["memory"]["arguments"] and train["flops"] > 0 and answer["flops_per_new_token"] > 0
+    # the adapters' gradients and no others are summed (the projector's in bfloat16, as it is computed); what is gathered are weights
+    summed = sum(one["bytes"] * one["times"] for one in train["collectives"] if one["kind"] == "all-reduce")
+    assert report["trainable_bytes"] / 2 < summed <= report["trainable_bytes"] + 1024
+    gathered = [one for one in train["collectives"] if one["kind"] == "all-gather"]
+    assert gathered and max(one["bytes"] for one in gathered) <= 2 * 64 * 32
+    assert (tmp_path / "hlo" / "train_128.txt").read_text().startswith("HloModule")
+
+
+@needs_compiler
+def test_a_program_that_does_not_fit_says_which_setting_would(monkeypatch, tmp_path, capsys):
+    """The 13B model whole on every chip of a small slice; the compiler's refusal is played, the rest is real."""
+
+    def refused(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 30.1G of 15.75G hbm.\nbuffers")
+
+    trace = programs.trace_train_step
+    refusing = lambda *arguments: types.SimpleNamespace(jaxpr=trace(*arguments).jaxpr, lower=refused)
+    monkeypatch.setattr(programs, "trace_train_step", refusing)
+    config = f"{tiny_run.CONFIGS / 'coin.py'}:backbone=llava15_13b,batches=mcitlib64"
+    command = ["compile", "--config", config, "--topology", "v5e:4x4", "--program", "train", "--config.train.micro_batches=4"]
+    assert tools.main([*command, "--json", str(tmp_path / "report.json")]) == 1
+    text = capsys.readouterr().out
+    assert "DOES NOT FIT into 15.75 GiB: RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 30.1G of 15.75G hbm." in text
+    assert "--config.mesh.fsdp=" in text.partition("It does not fit:")[2]
+    assert json.loads((tmp_path / "report.json").read_text())["fits"] is False
+
+
+@needs_compiler
+@pytest.mark.parametrize("change, sentence", [
+    (["--topology", "v9:2x2"], "--topology v9:2x2: .*names look like v5e:4x4"),
+    (["--topology", "h100"], r"--topology h100: .*only through its CUDA plugin \(jax\[cuda12\]\) and a target configuration"),
+    (["--positions", "704"], r"--positions 704: not in config.data.buckets, which has 128"),
+    (["--config.mesh.fsdp=8"], "config.mesh=.*needs 8 devices, 4 are there"),
+    (["--config.evaluate.batch_size=30"], "config.evaluate.batch_size=30 cannot be split over 4 devices: --config.evaluate.batch_size=28"),
+    (["--config.train.micro_batches=32"], "micro-batches are split unevenly over 4 devices: --config.train.micro_batches="),
+])
+def test_what_cannot_be_compiled_is_one_sentence(tiny, change, sentence, capsys):
+    assert tools.main([*tiny, *change]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and re.search(sentence, error), error
+
+
+def test_without_the_compiler_it_says_what_to_install(tiny, monkeypatch):
+    def missing(*_):
+        raise ValueError("JAX TPU support not installed; cannot generate TPU topology.")
+
+    monkeypatch.setattr(compile_ahead.meshes, "described_devices", missing)
+    config = tiny_run.config_module("coin").get_config("batches=mcitlib64").to_dict()
+    with pytest.raises(UserError, match=r"--topology v5e:2x2: JAX TPU support not installed.*pip install 'proglora-jax\[aot\]'"):
+        compile_ahead.compile_ahead(config, Order("v5e:2x2"))

@@ -1,0 +1,144 @@
+"""Runs of several real processes: they train, answer, save, stop and fail together, and go on in any other number."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_run
+from test_resume import Place, losses, step
+from tiny_run import here  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).parents[2]
+# Two tasks, ten steps each, answers of two tokens; the block alone trains, which compiles quickest.
+FIELDS = {
+    "method": "lora", "data__tasks": "TextVQA,OCRVQA", "train__max_steps": 10, "train__batch_size": 8, "evaluate__batch_size": 8,
+    "evaluate__max_new_tokens": 2, "run__checkpoint_every_steps": 1000, "mesh__data": -1,
+}  # fmt: skip
+
+
+class Team:
+    """The processes of one run on this machine, one device each, which find each other through a free port."""
+
+    def __init__(self, place: Place, workdir: Path, count: int, **fields):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        flags = tiny_run.flags(place.model, place.folder / "data", **FIELDS | {"run__compilation_cache": place.folder / "cache"} | fields)
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # they compile more than they compute
+        environment["PYTHONPATH"] = f"{place.folder / 'path'}{os.pathsep}{ROOT}"
+        self.workdir, self.logs, self.members = workdir, [workdir.parent / f"{workdir.name}.{i}.log" for i in range(count)], []
+        for number, log in enumerate(self.logs):
+            who = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={number}"]
+            command = [sys.executable, "-m", "proglora_jax.main", *flags, f"--workdir={workdir}", *who]
+            with open(log, "w", encoding="utf-8") as out:
+                self.members.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=workdir.parent))
+
+    def when(self, event) -> None:
+        """Waits for an event in the workdir."""
+        end = time.monotonic() + 200
+        while not event(self.workdir):
+            assert time.monotonic() < end and all(member.poll() is None for member in self.members), self.text()
+            time.sleep(0.01)
+
+    def wait(self, seconds: float) -> list[int]:
+        """Exit codes; a process that does not end in time fails the test."""
+        end = time.monotonic() + seconds
+        try:
+            return [member.wait(max(0.1, end - time.monotonic())) for member in self.members]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still there after {seconds} s:\n{self.text()}") from None
+        finally:
+            for member in self.members:
+                member.kill()
+
+    def text(self, number: int | None = None) -> str:
+        """What a process printed, or all of them."""
+        logs = self.logs if number is None else [self.logs[number]]
+        return "\n".join(log.read_text(encoding="utf-8") for log in logs)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    """One model, one benchmark and one compile cache for the processes."""
+    return Place(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(scope="module")
+def alone(here, place) -> Path:  # noqa: F811
+    """The workdir of the same run on one device of this process."""
+    fields = {name: value for name, value in FIELDS.items() if name != "method"} | {"mesh__data": 1}
+    same = {"model__path": str(place.model), "data__root": str(place.folder / "data")}
+    return here.run("alone", "lora", **fields | same)
+
+
+def images(place: Place) -> list[Path]:
+    """The pictures that TextVQA is trained on."""
+    return sorted((place.folder / "data" / "cl_dataset" / "TextVQA" / "train_images").iterdir())
+
+
+def test_processes_fail_stop_and_go_on_together_in_any_number(place, alone):
+    workdir = place.folder / "run"
+
+    # ---- two: one meets an image that cannot be read; both leave with what was done before
+    team = Team(place, workdir, 2)
+    team.when(step(0, 2))
+    picture = images(place)[0]
+    kept = picture.read_bytes()
+    picture.write_bytes(b"no image")
+    assert team.wait(60) == [1, 1], team.text()
+    assert "Traceback" not in team.text() and str(picture) in team.text()
+    assert "another process of the run could not read its rows; its log says which. The progress is saved" in team.text()
+    picture.write_bytes(kept)
+    saved = [int(path.name[-7:]) for path in (workdir / "stages" / "00_textvqa" / "progress").iterdir()]
+    assert len(saved) == 1 and saved[0] == len(losses(workdir)) >= 2
+
+    # ---- four: one of them is asked to stop; all save and end well
+    team = Team(place, workdir, 4)
+    team.when(step(0, saved[0] + 1))
+    team.members[3].send_signal(signal.SIGTERM)
+    assert team.wait(60) == [0, 0, 0, 0], team.text()
+    assert f"resumed after step {saved[0]} of phase train" in team.text(0)
+    stopped = [re.search(r"stopped .*; run the same command to go on", team.text(number)) for number in range(4)]
+    assert all(stopped) and len({match[0] for match in stopped}) == 1, team.text()
+
+    # ---- two: one is lost in the second stage; the other says so and ends
+    team = Team(place, workdir, 2)
+    team.when(step(1, 1))
+    team.members[1].kill()
+    codes = team.wait(60)
+    assert codes[0] not in (0, None) and codes[1] == -signal.SIGKILL
+    assert re.search("was left by another one|tasks? .*(died|unhealthy|heartbeat)", team.text(0)), team.text(0)
+
+    # ---- one process with eight devices ends it
+    text = place.finish(workdir, devices=8, **{"run__compilation_cache": place.folder / "cache"} | FIELDS)
+    assert "8 device(s)" in text and "stage 1/2 TextVQA train" not in text
+    same(workdir, alone)
+
+
+def same(workdir: Path, alone: Path) -> None:
+    """Checks that a run gave what the run on one device gave: bit-identical answers, and numbers that differ by the order of sums."""
+    ours, theirs = tiny_run.outcome(workdir), tiny_run.outcome(alone)
+    answers = [name for name in theirs if name.endswith(".jsonl")]
+    assert len(answers) == 3 and [x[:2] for x in losses(workdir)] == [x[:2] for x in losses(alone)]
+    np.testing.assert_allclose([x[2] for x in losses(workdir)], [x[2] for x in losses(alone)], rtol=1e-4)
+    for name in [name for name in theirs if isinstance(theirs[name], np.ndarray)]:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    for name in answers:
+        assert [row["index"] for row in rows(ours[name])] == [row["index"] for row in rows(theirs[name])]
+        assert [row["text"] for row in rows(ours[name])] == [row["text"] for row in rows(theirs[name])]
+
+
+def rows(text: str) -> list[dict]:
+    """The answers of a file, its header left out."""
+    return [json.loads(line) for line in text.splitlines()][1:]
