@@ -111,11 +111,12 @@ class Harness:
     @functools.cached_property
     def probe(self) -> Probe:
         """What the method may ask of training rows."""
-        return Probe(self._samples, self._squared_gradients)
+        earlier = lambda task: Probe(lambda state, numbers: self._samples(state, numbers, task), self._squared_gradients)
+        return Probe(self._samples, self._squared_gradients, earlier)
 
-    def _samples(self, state: CLState, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    def _samples(self, state: CLState, numbers: np.ndarray, task: int | None = None) -> dict[str, np.ndarray]:
         """In batches of one size."""
-        rows, parts = self.rows(int(state.stage)), []
+        rows, parts = self.rows(int(state.stage) if task is None else task), []
         for start in range(0, len(numbers), self.size):
             chosen = np.resize(numbers[start : start + self.size], self.size)
             batch = meshes.put_batch(tiny_llava.batch([rows[i] for i in chosen]), self.mesh)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
@@ -14,10 +16,17 @@ from proglora_jax.methods.views import Probe
 from proglora_jax.training import fisher
 
 
-def open_probe(session: Session, rows: EncodedRows) -> Probe:
-    """The probe of a stage's rows; what it returns lies in every process."""
+def open_probe(session: Session, rows: EncodedRows, earlier: Callable[[int], EncodedRows] | None = None) -> Probe:
+    """The probe of a stage's rows; what it returns lies in every process.
+
+    Args:
+        session: the session.
+        rows: the stage's rows.
+        earlier: (index of an earlier task) -> that task's rows.
+    """
 
     def samples(state: CLState, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        numbers = np.asarray(numbers)
         params, memory = meshes.put_replicated((state.params, state.memory), session.mesh)
         parts: dict[str, np.ndarray] = {}
         for positions, batch in chosen_batches(session, rows, numbers, session.settings.evaluate.batch_size):
@@ -37,4 +46,4 @@ def open_probe(session: Session, rows: EncodedRows) -> Probe:
         count = batches if kind == "batch" else len(numbers)
         return jax.tree.map(lambda leaf: leaf / max(count, 1), total)
 
-    return Probe(samples, squared_gradients)
+    return Probe(samples, squared_gradients, earlier and (lambda task: open_probe(session, earlier(task))))

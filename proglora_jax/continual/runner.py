@@ -81,7 +81,7 @@ def _train_stage(
     info = TaskInfo(stage.index, stage.name, total, len(own) if own else 0, alike, seed)
 
     # ---- the method's state for this task, and what trains
-    probe = open_probe(session, own) if own else None
+    probe = open_probe(session, own, lambda task: own_rows(session, stages[task])) if own else None
     projector = projector_for_task(
         session.settings.train.projector_init_per_task, state.params["mm_projector"], initial.params["mm_projector"], stage.index, seed)
     state = method.start_task(dataclasses.replace(state, params=state.params | {"mm_projector": projector}), info, probe)

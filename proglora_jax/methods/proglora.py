@@ -14,7 +14,7 @@ from proglora_jax.core import tree as trees
 from proglora_jax.core.types import CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
 from proglora_jax.data import replay
-from proglora_jax.methods import layer_routing
+from proglora_jax.methods import layer_routing, recall
 from proglora_jax.methods.base import ADAPTER, GATE, PROJECTOR, GateInputs, Passes, Probe, TaskInfo, require, require_choice
 from proglora_jax.methods.pooled import Pooled
 from proglora_jax.methods.routing import Routing, of_prompt
@@ -126,6 +126,15 @@ class ProgLoRADynamic(Pooled):
         """Whether each generated token gets gates of its own."""
         return self.routing_decode == "per_token"
 
+    @property
+    def features_drift(self) -> bool:
+        """Whether features depend on what trains: image features, or hidden states, into which these have flowed.
+
+        Those of the memory are then read again from their samples when a stage begins. Targets stay what they were.
+        """
+        images = self.routing_tokens in ("multimodal_prompt", "released_code")
+        return images or self.routing_layer > 0 or self.gates_in_layers
+
     def _temperature(self, width: int) -> float:
         if self.temperature == "sqrt_d":
             return float(np.sqrt(width))
@@ -149,7 +158,7 @@ class ProgLoRADynamic(Pooled):
         """
         require(self.routing_layer <= targets.layers, "routing_layer", self.routing_layer, f"the model has {targets.layers} layers")
         state = super().init(targets, projector, total, seed)
-        width, phi = targets.width, max(self.recall_per_task, 1)
+        width = targets.width
         routing = {
             "key": gating.init_key(trees.named_generator(seed, "key", 0), width, self.key_scale),
             "keys": jnp.zeros((total, width), jnp.float32),
@@ -159,11 +168,7 @@ class ProgLoRADynamic(Pooled):
         layers = (targets.layers,) if self.gates_in_layers else ()
         if self.gates_in_layers:
             routing = layer_routing.stack_router(routing, targets.layers)
-        memory = {
-            "features": jnp.zeros((total, phi, *layers, width), jnp.float32),
-            "targets": jnp.zeros((total, phi, *layers, total), jnp.float32),
-            "mask": jnp.zeros((total, phi), jnp.float32),
-        }
+        memory = recall.empty(total, self.recall_per_task, layers, width)
         return dataclasses.replace(state, params=state.params | routing, memory=memory)
 
     def start_task(self, state: CLState, info: TaskInfo, probe: Probe | None) -> CLState:
@@ -176,9 +181,9 @@ class ProgLoRADynamic(Pooled):
         params = state.params
         keys = jnp.asarray(params["keys"]).at[..., info.index - 1, :].set(params["key"])
         state = dataclasses.replace(state, params=params | {"keys": keys, "key": self._new_key(state, info, probe)})
-        targets = jnp.asarray(state.memory["targets"])
-        stored = jnp.any(targets > 0, axis=tuple(range(2, targets.ndim)))  # a task smaller than phi fills its first places only
-        memory = state.memory | {"mask": self._counted(info) * stored}
+        if self.features_drift and self.recall_enabled and self.recall_per_task:
+            state = recall.read_again(state, info, probe)
+        memory = state.memory | {"mask": recall.counted(state.memory, info, self.recall_per_task, self.recall_count)}
         if self.recall_targets == "recompute":
             memory["targets"] = self._recomputed(state, info)
         return dataclasses.replace(state, memory=memory)
@@ -193,17 +198,10 @@ class ProgLoRADynamic(Pooled):
         query = probe(state, replay.replay_indices(info.size, max(self.recall_per_task, 1), info.seed, info.name))["h"].mean(0)
         return jnp.asarray(self.key_scale * query / jnp.maximum(jnp.linalg.norm(query, axis=-1, keepdims=True), 1e-6), jnp.float32)
 
-    def _counted(self, info: TaskInfo) -> jax.Array:
-        similarity = info.similarity if self.recall_count == "similarity" else np.zeros(info.index)
-        mask = np.zeros((info.total, max(self.recall_per_task, 1)), np.float32)
-        for task, value in enumerate(similarity):
-            mask[task, : replay.replay_count(float(value), self.recall_per_task)] = 1.0
-        return jnp.asarray(mask)
-
     def _recomputed(self, state: CLState, info: TaskInfo) -> jax.Array:
         targets = state.memory["targets"]
         for task in range(info.index):
-            projector = state.carry["projectors"][f"task_{task:02d}"]
+            projector = state.carry[recall.PROJECTORS][recall.task_key(task)]
             params = state.params | {"query_projector": projector}
             logits = self._memory_logits(params, state.memory["features"][task], jnp.int32(info.index))
             targets = targets.at[task].set(gating.block_softmax(logits, jnp.int32(task)))
@@ -318,35 +316,16 @@ class ProgLoRADynamic(Pooled):
         if not self.recall_per_task:
             return state
         rows = replay.replay_indices(info.size, self.recall_per_task, info.seed, info.name)
-        seen, count = probe(state, rows), len(rows)
-        memory = dict(state.memory)
-        memory["features"] = memory["features"].at[info.index, :count].set(seen["z"])
-        memory["targets"] = memory["targets"].at[info.index, :count].set(seen["w"])
-        state = dataclasses.replace(state, memory=memory)
-        if self.recall_targets != "recompute":
-            return state
-        # Not in the memory: they are many more from task to task, and the training step, which reads the memory, is compiled once.
-        kept = {f"task_{info.index:02d}": state.params["query_projector"]}
-        return dataclasses.replace(state, carry=state.carry | {"projectors": state.carry.get("projectors", {}) | kept})
+        kept = state.params["query_projector"] if self.recall_targets == "recompute" else None
+        return recall.store(state, info, rows, probe(state, rows), kept)
 
     def to_disk(self, state: CLState):
         """The new block, keys, query projector, and the memory of this task."""
-        stage = int(state.stage)
-        memory = {f"task_{stage:02d}": {name: state.memory[name][stage] for name in ("features", "targets")}}
-        tree = super().to_disk(state) | {"memory": memory}
-        if "projectors" in state.carry:
-            tree["projectors"] = {f"task_{stage:02d}": state.carry["projectors"][f"task_{stage:02d}"]}
-        return tree
+        return super().to_disk(state) | recall.to_disk(state)
 
     def from_disk(self, tree, fresh: CLState, stage: int) -> CLState:
         """Pool, keys, query projector, and the memories of all tasks so far."""
-        state = super().from_disk(tree, fresh, stage)
-        memory = dict(fresh.memory)
-        for task in range(stage + 1):
-            for name in ("features", "targets"):
-                memory[name] = jnp.asarray(memory[name]).at[task].set(tree["memory"][f"task_{task:02d}"][name])
-        carry = state.carry | ({"projectors": tree["projectors"]} if "projectors" in tree else {})
-        return dataclasses.replace(state, memory=memory, carry=carry)
+        return recall.from_disk(tree, fresh, super().from_disk(tree, fresh, stage), stage)
 
     def fold(self, state: CLState, task: int) -> PyTree:
         """Not possible: the gates depend on each sample's instruction."""

@@ -175,10 +175,12 @@ class Probe:
             cross-entropy (ground-truth labels, no dropout, gates as at test) with respect to the parameters below `names`.
             `kind` "batch": the square of the gradient of the token mean of `size` consecutive numbers, averaged over these
             batches (the last one may be smaller); "per_sample": the square of each sample's own gradient, averaged over the samples.
+        earlier: (index of an earlier task) -> the Probe of that task's training samples; None where there is none to ask.
     """
 
     samples: Callable[[CLState, np.ndarray], dict[str, np.ndarray]]
     squared_gradients: Callable[[CLState, np.ndarray, int, str, tuple[str, ...]], PyTree]
+    earlier: Callable[[int], Probe] | None = None
 
     def __call__(self, state: CLState, numbers: np.ndarray) -> dict[str, Any]:
         """As `samples`."""

@@ -79,7 +79,7 @@ def _abstract_probe(method: Method, llava: Llava, mesh: Mesh) -> Probe:
     def squared_gradients(state: CLState, rows: np.ndarray, size: int, kind: str, names: tuple[str, ...]) -> PyTree:
         return fisher.zeros(state.params, names)
 
-    return Probe(samples, squared_gradients)
+    return Probe(samples, squared_gradients, lambda task: Probe(samples, squared_gradients))
 
 
 def parameter_rows(params: PyTree, mask: Mapping[str, bool], backbone: Mapping[str, Any], stage: int) -> list[ParameterRow]:

@@ -119,7 +119,7 @@ def recording(probe: Probe, asked: list[np.ndarray]) -> Probe:
         asked.append(np.asarray(numbers))
         return probe(state, numbers)
 
-    return Probe(samples, probe.squared_gradients)
+    return Probe(samples, probe.squared_gradients, probe.earlier)
 
 
 # ---------------------------------------------------------------------------------------------------------- the literal model

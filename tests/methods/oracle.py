@@ -121,7 +121,7 @@ def _recording(probe: Probe, seen: list, squares: Callable | None) -> Probe:
         seen.append((np.asarray(numbers), size, kind))
         return squares(state, names)
 
-    return Probe(samples, squared_gradients)
+    return Probe(samples, squared_gradients, probe.earlier)
 
 
 # ---------------------------------------------------------------------------------------------------------- the literal model

@@ -12,7 +12,7 @@ import tiny_llava
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import CLState, Targets
-from proglora_jax.methods.base import GateInputs, Method, TaskInfo, check_contract
+from proglora_jax.methods.base import GateInputs, Method, Probe, TaskInfo, check_contract
 
 WIDTH, LAYERS = 8, 2
 TARGETS = Targets(LAYERS, {"q_proj": (WIDTH, 6), "down_proj": (10, WIDTH)}, WIDTH, 5)
@@ -49,7 +49,7 @@ def prober(method: Method, task: int, size: int = SIZE):
         batch = tiny_llava.batch([rows[i] for i in numbers])
         return jax.tree.map(np.asarray, method.probe(state.params, state.memory, inputs(batch, int(state.stage))))
 
-    return probe
+    return Probe(probe, None, lambda task: prober(method, task, size))
 
 
 def start(method: Method) -> CLState:

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import routing_world as world
 import tiny_llava
 from harness import Harness, small
@@ -74,6 +75,28 @@ def test_every_layer_gates_itself_and_restarts_bit_for_bit():
     # a restart gives the same weights
     again = harness.method.from_disk(tree, harness.initial(), 1)
     assert trees.digest(again.params) == trees.digest(jax.tree.map(np.asarray, state.params))
+
+
+@pytest.mark.parametrize("fields", [{"routing_tokens": "multimodal_prompt"}, {"routing_layer": 1}, {"routing_scope": "per_layer"}, {}])
+def test_features_that_drift_are_read_again_when_a_stage_begins(fields):
+    """The mm_projector moves after the samples of task 0 were stored: image features, and hidden states behind them, are others then."""
+    harness = Harness(small("proglora_dynamic", **fields))
+    state, tree = trained(harness, 1)
+    state = harness.method.end_task(state, harness.info(0), harness.probe)
+    before = np.asarray(state.memory["features"][0])
+    moved = jax.tree.map(lambda leaf: 3 * leaf, state.params["mm_projector"])
+    state = dataclasses.replace(state, params=state.params | {"mm_projector": moved})
+    started = harness.method.start_task(state, harness.info(1), harness.probe)
+    rows = np.asarray(state.carry["recall_rows"]["task_00"])
+    assert len(rows) == harness.method.recall_per_task and len(set(rows.tolist())) == len(rows)
+    after = np.asarray(started.memory["features"][0])
+    np.testing.assert_allclose(after, harness.probe.earlier(0)(started, rows)["z"], rtol=1e-6, atol=1e-6)
+    assert bool(np.abs(after - before).max() > 0.05) == bool(fields) == harness.method.features_drift
+    np.testing.assert_array_equal(started.memory["targets"], state.memory["targets"])
+    # a restart after the stage reads the same rows again
+    again = harness.method.from_disk(jax.tree.map(np.asarray, harness.method.to_disk(state)), harness.initial(), 0)
+    again = harness.method.start_task(again, harness.info(1), harness.probe)
+    np.testing.assert_array_equal(again.memory["features"], started.memory["features"])
 
 
 def test_gates_of_layers_are_decided_at_prefill_and_recorded():
