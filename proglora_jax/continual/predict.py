@@ -24,6 +24,7 @@ from proglora_jax.data.tasks import TASKS
 from proglora_jax.data.templates import get_template, instructions, with_instruction
 from proglora_jax.data.tokens import Encoder, load_tokenizer
 from proglora_jax.models.layers import Settings as ModelOptions
+from proglora_jax.training.attention_choice import attention_for
 from proglora_jax.training.step import make_generator
 
 LONGEST_ANSWER = 128  # tokens, where neither the caller nor the run nor its task says
@@ -74,8 +75,9 @@ class Predictor:
             mesh: the devices; default: the run's mesh where there are so many, else the first device.
         """
         model = trained.model
-        options = options or ModelOptions(model["dtype"], model["attention"])
         self.trained, self.mesh = trained, mesh or _mesh(trained)
+        attention, _ = attention_for(model["attention"], model["dtype"], self.mesh.devices.flat[0].platform)
+        options = options or ModelOptions(model["dtype"], attention)
         self.encoder, self.images = prompting(trained, source)
         dtype = jax.numpy.dtype(param_dtype or model["param_dtype"])
         self.llava = load_source(source, dtype, settings=options, mesh=self.mesh)
@@ -116,11 +118,11 @@ class Predictor:
         return Prediction(question.text, question.image, text, bool(out["hit_cap"]), self._named(out["gates"]), ids)
 
     def _named(self, gates: np.ndarray) -> dict[str, float]:
-        """Gates by the tasks whose blocks they weigh; slots that are still empty are left out."""
+        """Gates by the tasks whose blocks they weigh, or by number; slots that are still empty are left out."""
         if len(gates) == 1:
             return {}
-        known = self.trained.tasks()
-        names = known if len(gates) == len(self.trained.meta["tasks"]) else [f"block {index}" for index in range(len(gates))]
+        by_task = self.trained.method.blocks_are_tasks and len(gates) == len(self.trained.meta["tasks"])
+        names = self.trained.tasks() if by_task else [f"block {index}" for index in range(len(gates))]
         return {name: float(gate) for name, gate in zip(names, gates)}
 
     def _longest(self) -> int:
@@ -135,7 +137,8 @@ def prompting(trained: Trained, source: Source) -> tuple[Encoder, ImageSpec]:
         UserError: as `data.tokens.load_tokenizer` and `ImageSpec.from_folder`.
     """
     config, data = source.config, trained.config["data"]
-    tokenizer = load_tokenizer(str(source.folder), config.text_config.vocab_size, add_image_token=source.original)
+    legacy = data.get("tokenizer_legacy", True)
+    tokenizer = load_tokenizer(str(source.folder), config.text_config.vocab_size, legacy, add_image_token=source.original)
     encoder = Encoder(tokenizer, get_template(data["template"]), config.image_tokens, data["max_length"])
     return encoder, ImageSpec.from_folder(str(source.image_folder))
 

@@ -19,10 +19,13 @@ def choose_attention(settings: Settings, platform: str) -> tuple[Settings, str]:
         settings: the config; what it names stays.
         platform: of the devices, as JAX calls it: "cpu", "gpu" (or "cuda"), "tpu".
     """
-    if settings.model.attention != "auto":
-        return settings, "the config names it"
-    name, why = _choice(settings.model.dtype, platform)
+    name, why = attention_for(settings.model.attention, settings.model.dtype, platform)
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, attention=name)), why
+
+
+def attention_for(stated: str, dtype: str, platform: str) -> tuple[str, str]:
+    """(implementation by name, why it is that one) for what a config states; arguments as in `choose_attention`."""
+    return _choice(dtype, platform) if stated == "auto" else (stated, "the config names it")
 
 
 def model_options(model: ModelSettings) -> ModelOptions:

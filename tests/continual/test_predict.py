@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -14,6 +15,7 @@ from proglora_jax import tools
 from proglora_jax.continual import predict
 from proglora_jax.continual.predict import Prediction, describe
 from proglora_jax.continual.trained import open_trained
+from proglora_jax.methods.moelora import MoELoRA
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +112,19 @@ def test_blocks_that_are_no_tasks_get_numbers(world):  # noqa: F811
     holder = type("Holder", (), {"trained": trained})
     assert named(holder, np.array([0.2, 0.3, 0.5])) == pytest.approx({"block 0": 0.2, "block 1": 0.3, "block 2": 0.5})
     assert named(holder, np.array([1.0])) == {}
+
+
+def test_experts_are_not_named_after_tasks_though_there_be_as_many(world):  # noqa: F811
+    trained = open_trained(world.run("lora"))
+    assert len(trained.tasks()) == 2
+    experts = dataclasses.replace(trained, method=MoELoRA(experts=2))
+    holder = type("Holder", (), {"trained": experts})
+    assert predict.Predictor._named(holder, np.array([0.25, 0.75])) == {"block 0": 0.25, "block 1": 0.75}
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_tokenizer_is_read_as_the_run_read_it(world, legacy):  # noqa: F811
+    trained = open_trained(world.run("lora"))
+    config = {**trained.config, "data": {**trained.config["data"], "tokenizer_legacy": legacy}}
+    encoder, _ = predict.prompting(dataclasses.replace(trained, config=config), world.source)
+    assert encoder.tokenizer.legacy is legacy
