@@ -15,6 +15,9 @@ from proglora_jax.continual.stages import FINAL
 from proglora_jax.data.errors import UserError
 from proglora_jax.training.log import RECORD
 
+# What checkpoints hold that is no parameter of the model: `CLState.memory` of the methods, under the names of their `to_disk`.
+_BESIDE = ("memory/", "modules/", "frozen")
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -54,8 +57,8 @@ def _stored(workdir: Path) -> tuple[int | None, int | None]:
             return None, None
     # A task's embedding serves the similarity of tasks, not the model.
     kept = {name: size for name, size in sizes.items() if not name.startswith("embedding/")}
-    params = sum(size for name, size in kept.items() if name.startswith("params/"))
-    return (params, sum(kept.values()) - params) if sizes else (None, None)
+    beside = sum(size for name, size in kept.items() if name.startswith(_BESIDE))
+    return (sum(kept.values()) - beside, beside) if sizes else (None, None)
 
 
 def _steps(path: Path) -> tuple[float | None, int | None]:

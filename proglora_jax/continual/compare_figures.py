@@ -40,7 +40,7 @@ def step_curves(curves: Mapping[str, Sequence[Sequence[float]]], levels: Mapping
         spread = [standard_deviation(values) or 0.0 for values in zip(*runs)]
         stages, hue = range(1, len(centre) + 1), _HUES[order % len(_HUES)]
         dashes = (0, (1, 1.8)) if name in levels else _DASHES[order // len(_HUES) % 2]
-        axes.fill_between(stages, [c - s for c, s in zip(centre, spread)], [c + s for c, s in zip(centre, spread)], color=hue, alpha=0.13,
+        axes.fill_between(stages, [c - s for c, s in zip(centre, spread)], [c + s for c, s in zip(centre, spread)], color=hue, alpha=0.1,
                           linewidth=0)  # fmt: skip
         line, = axes.plot(stages, centre, linestyle=dashes, color=hue, marker=_MARKERS[order % len(_MARKERS)], markersize=5.5, linewidth=1.9)
         lines.append((centre[-1], name, line))

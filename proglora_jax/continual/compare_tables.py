@@ -105,11 +105,11 @@ def _gate_picture(name: str, records: Sequence[RunRecord], stage: int) -> Pictur
     width = max(len(used[0].gates[stage][task]) for task in rows)
     of_tasks = of_tasks and width == len(tasks)
     gates = {task: [mean(values) for values in zip(*(record.gates[stage][task] for record in used))] for task in rows}
-    labels = [f"{unit} {place}\n{tasks[place - 1]}" if of_tasks else f"{unit} {place}" for place in range(1, width + 1)]
+    labels = [f"{place}\n{tasks[place - 1]}" if of_tasks else f"{unit} {place}" for place in range(1, width + 1)]
     own = [(row, tasks.index(task)) for row, task in enumerate(rows)] if of_tasks else []
     seeds = f"mean of {len(used)} seed{'s' if len(used) > 1 else ''}" if of_tasks else f"seed {used[0].seed}"
     caption = f"{name}: row = task of the questions, column = {unit}; {seeds}" + ("; outlined: the task's own." if own else ".")
-    png = report_figures.mean_gates(gates, labels, own, f"{name}: mean gate after the last stage")
+    png = report_figures.mean_gates(gates, labels, own, f"{name}: mean gate after the last stage", unit)
     return Picture(f"compare_gates_{name}.png", caption, png)
 
 
@@ -131,8 +131,8 @@ def order_section(groups: Groups) -> Section | None:
         return None
     here, there = ranks(ours), ranks(theirs)
     rows = [
-        (name, f"{here[name]:g}", number(ours[name]), f"{there[name]:g}", number(theirs[name]), number(here[name] - there[name], signed=True, digits=0),
-         sources[name])
+        (name, f"{here[name]:g}", number(ours[name]), f"{there[name]:g}", number(theirs[name]),
+         number(here[name] - there[name], signed=True, digits=1).replace(".0", ""), sources[name])
         for name in sorted(ours, key=lambda name: there[name])
     ]
     pairs, swapped = _swapped(ours, theirs, deviations)

@@ -90,7 +90,7 @@ class PCLR(Method):
     distill_temperature: float = 2.0
 
     name: ClassVar[str] = "pclr"
-    gate_unit: ClassVar[str] = "ranks"
+    gate_unit: ClassVar[str] = "ranks of"
     isolated_as: ClassVar[str] = "self"
     keeps_forward: ClassVar[bool] = False
     wants_image: ClassVar[bool] = True
