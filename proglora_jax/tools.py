@@ -151,6 +151,7 @@ def _encoder(arguments):
     from proglora_jax.data.templates import get_template
     from proglora_jax.data.tokens import Encoder, load_tokenizer
 
+    template = get_template(arguments.template)
     # The tokenizer of a language model alone has no <image>; a run adds it, too.
     folder, patches, vocab_size, bare = arguments.tokenizer, arguments.image_tokens, 0, True
     if arguments.vision and not arguments.model:
@@ -165,7 +166,7 @@ def _encoder(arguments):
     if not folder:
         return None
     tokenizer = load_tokenizer(folder, vocab_size, add_image_token=bare)
-    return Encoder(tokenizer, get_template(arguments.template), patches, arguments.max_length)
+    return Encoder(tokenizer, template, patches, arguments.max_length)
 
 
 def _add_doctor(verbs) -> None:

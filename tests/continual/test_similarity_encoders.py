@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_run import here  # noqa: F401
 
 from proglora_jax.checkpoints.stage import load_checkpoint
-from proglora_jax.continual import runner, similarity
+from proglora_jax.continual import phases, runner, similarity
 from proglora_jax.continual.run_record import load_run
 from proglora_jax.continual.session import open_session
 from proglora_jax.continual.similarity_encoders import Encoders, open_encoders
@@ -175,7 +175,7 @@ def test_methods_that_do_not_ask_for_similarity_embed_nothing(here, monkeypatch)
     assert not (workdir / "similarity").exists()
     found = [load_checkpoint(folder / "adapter") for folder in tiny_run.stage_folders(workdir)]
     assert all(records["meta"]["similarity"] == [] and records["meta"]["encoders"] == "" for _, records in found)
-    monkeypatch.setattr(runner, "train_phase", refuse)  # both stages are read back, none is trained again
+    monkeypatch.setattr(phases, "train_phase", refuse)  # both stages are read back, none is trained again
     here.run("none", "proglora_static", **fields, **SHORT)
 
 
