@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     if rest and not hasattr(arguments, "overrides"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.overrides = rest
+    arguments.overrides, arguments.argv = rest, list(sys.argv[1:] if argv is None else argv)
     try:
         return arguments.run(arguments) or 0
     except UserError as error:
@@ -63,16 +65,42 @@ def _report(arguments) -> None:
 
 
 def _add_compare(verbs) -> None:
-    parser = _verb(verbs, "compare", "Print a table of several runs: mean and deviation over seeds, by method.", _compare)
-    parser.add_argument("workdirs", nargs="+", help="folders of runs; LABEL=FOLDER names a variant")
+    summary = "Compare methods over seeds: print a table of finished runs, or with --config run methods x seeds and write a report."
+    parser = _verb(verbs, "compare", summary, _compare)
+    parser.set_defaults(overrides=[])
+    parser.add_argument("workdirs", nargs="*", help="folders of runs; LABEL=FOLDER names a variant")
+    parser.add_argument("--config", help="run this config, without method and seed; --config.section.field=value overrides a field")
+    parser.add_argument("--methods", default="", help="with --config: names with commas between, or all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="with --config: seeds of each method")
+    parser.add_argument("--out", help="with --config: folder of the runs and of compare.html; the same folder again goes on")
+    parser.add_argument("--jobs", type=int, default=1, help="with --config: runs at the same time")
+    parser.add_argument("--isolated", action="store_true", help="with --config: also each task alone, shared by families, for FWT")
 
 
-def _compare(arguments) -> None:
+def _compare(arguments) -> int | None:
+    if arguments.config:
+        return _compare_config(arguments)
     from proglora_jax.continual.report import compare_runs
 
+    if arguments.overrides or arguments.methods or arguments.out or arguments.isolated:
+        raise UserError("compare: --methods, --out, --isolated and overrides of fields go with --config FILE")
     named = [item.partition("=") if "=" in item else ("", "", item) for item in arguments.workdirs]
     labels = [label for label, _, _ in named] if any(label for label, _, _ in named) else None
     print(compare_runs([folder for _, _, folder in named], labels))
+    return None
+
+
+def _compare_config(arguments) -> int:
+    from proglora_jax.continual.compare_report import run_comparison
+    from proglora_jax.methods.registry import NAMES
+
+    if arguments.workdirs:
+        raise UserError(f"compare: {arguments.workdirs[0]}: give folders of finished runs, or --config FILE, not both")
+    methods = list(NAMES) if arguments.methods == "all" else _names(arguments.methods)
+    command = " ".join(map(shlex.quote, ["python", "-m", "proglora_jax.tools", *arguments.argv]))
+    out = pathlib.Path(arguments.out) if arguments.out else None
+    return run_comparison(
+        arguments.config, arguments.overrides, methods, arguments.seeds, out, arguments.jobs, arguments.isolated, command)
 
 
 def _add_check_data(verbs) -> None:
@@ -123,6 +151,7 @@ def _encoder(arguments):
     from proglora_jax.data.templates import get_template
     from proglora_jax.data.tokens import Encoder, load_tokenizer
 
+    template = get_template(arguments.template)
     # The tokenizer of a language model alone has no <image>; a run adds it, too.
     folder, patches, vocab_size, bare = arguments.tokenizer, arguments.image_tokens, 0, True
     if arguments.vision and not arguments.model:
@@ -137,7 +166,7 @@ def _encoder(arguments):
     if not folder:
         return None
     tokenizer = load_tokenizer(folder, vocab_size, add_image_token=bare)
-    return Encoder(tokenizer, get_template(arguments.template), patches, arguments.max_length)
+    return Encoder(tokenizer, template, patches, arguments.max_length)
 
 
 def _add_doctor(verbs) -> None:

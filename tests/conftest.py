@@ -28,3 +28,10 @@ if not flags.FLAGS.is_parsed():
 def rng() -> np.random.Generator:
     """A numpy generator with a fixed seed."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_leave_with_their_file():
+    """A compiled program holds some memory maps, of which a process may have 65,530; files share few programs."""
+    yield
+    jax.clear_caches()

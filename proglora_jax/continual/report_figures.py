@@ -43,7 +43,7 @@ def accuracy_matrix(tasks: Sequence[str], accuracy: Cells, title: str) -> bytes:
 
 
 def mean_gates(
-    gates: Mapping[str, Sequence[float]], columns: Sequence[str], own: Sequence[tuple[int, int]], title: str, kind: str = "block"
+    gates: Mapping[str, Sequence[float]], columns: Sequence[str], own: Sequence[tuple[int, int]], title: str, unit: str = "block"
 ) -> bytes:
     """Heat map of the mean gate per evaluated task and block.
 
@@ -52,14 +52,14 @@ def mean_gates(
         columns: label of each block.
         own: (row, column) of each task's own block, outlined.
         title: title of the figure.
-        kind: what the columns are.
+        unit: what a column is.
 
     Returns:
         PNG bytes.
     """
     cells = [[*values, *[None] * (len(columns) - len(values))] for values in gates.values()]
     top = max(1.0, *(value for row in cells for value in row if value is not None))
-    return _heat_map(cells, list(gates), columns, title, "questions of", kind, top, "{:.2f}", own)
+    return _heat_map(cells, list(gates), columns, title, "questions of", unit, top, "{:.2f}", own)
 
 
 def accuracy_curves(tasks: Sequence[str], scoring: Mapping[str, Cells], title: str) -> bytes:

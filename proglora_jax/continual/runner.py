@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from pathlib import Path
 
-import jax
 import numpy as np
-from absl import logging
 
 from proglora_jax.checkpoints.stage import save_checkpoint
 from proglora_jax.continual import results, similarity

@@ -46,6 +46,9 @@ class Method:
         dropout: rate on the adapter's input while training.
         a_init: "normal001", "kaiming" or "fan_in", see `lowrank.draw_factor`.
         train_mm_projector: whether the mm_projector trains and is carried from stage to stage.
+        gate_unit: what a recorded gate belongs to, in figures.
+        isolated_as: the method that forward transfer is measured against, on each task alone: "lora" for all that are plain LoRA of
+            the same rank on a single task, "self" for the method itself, "" where there is nothing to isolate.
     """
 
     rank: int = 16
@@ -64,6 +67,8 @@ class Method:
     wants_image: ClassVar[bool] = False
     adapts_projector: ClassVar[bool] = False
     blocks_are_tasks: ClassVar[bool] = True
+    gate_unit: ClassVar[str] = "block"
+    isolated_as: ClassVar[str] = "lora"
 
     def __post_init__(self):
         require(self.rank >= 1, "rank", self.rank, "rank must be >= 1 (ProgLoRA uses 16)")

@@ -91,6 +91,8 @@ class BranchLoRA(Method):
     mass_samples: int = 1024
 
     name: ClassVar[str] = "branchlora"
+    gate_unit: ClassVar[str] = "branch"
+    isolated_as: ClassVar[str] = "self"
     keeps_forward: ClassVar[bool] = False
     observes: ClassVar[bool] = True
     wants_image: ClassVar[bool] = True

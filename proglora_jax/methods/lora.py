@@ -31,6 +31,7 @@ class MultiTask(LoRA):
     """
 
     name: ClassVar[str] = "multi_task"
+    isolated_as: ClassVar[str] = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class ZeroShot(Method):
     """
 
     name: ClassVar[str] = "zero_shot"
+    isolated_as: ClassVar[str] = ""
 
     def init(self, targets, projector, total, seed) -> CLState:
         """Only the projector is carried."""

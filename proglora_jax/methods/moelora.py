@@ -64,6 +64,8 @@ class MoELoRA(Method):
     router_input: str = "token"
 
     name: ClassVar[str] = "moelora"
+    gate_unit: ClassVar[str] = "expert"
+    isolated_as: ClassVar[str] = "self"
     observes: ClassVar[bool] = True
     blocks_are_tasks: ClassVar[bool] = False
 

@@ -90,6 +90,8 @@ class PCLR(Method):
     distill_temperature: float = 2.0
 
     name: ClassVar[str] = "pclr"
+    gate_unit: ClassVar[str] = "ranks of"
+    isolated_as: ClassVar[str] = "self"
     keeps_forward: ClassVar[bool] = False
     wants_image: ClassVar[bool] = True
     adapts_projector: ClassVar[bool] = True

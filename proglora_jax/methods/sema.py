@@ -97,6 +97,8 @@ class SEMA(Pooled):
     descriptor_learning_rate: float = 1e-3
 
     name: ClassVar[str] = "sema"
+    gate_unit: ClassVar[str] = "modules of"
+    isolated_as: ClassVar[str] = "self"
     keeps_forward: ClassVar[bool] = False
     gates_in_layers: ClassVar[bool] = True
 

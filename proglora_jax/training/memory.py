@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
-from proglora_jax.core.types import PyTree
 from proglora_jax.models.llava import Llava
 from proglora_jax.training.programs import trace_train_step
 from proglora_jax.training.settings import Settings

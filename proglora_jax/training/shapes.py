@@ -56,7 +56,7 @@ def abstract_stages(method: Method, llava: Llava, tasks: Sequence[str], sizes: S
     """
     targets, total = llava.targets(), len(tasks)
     state = jax.eval_shape(lambda projector: method.init(targets, projector, total, trees.SHAPES_ONLY), llava.projector_params())
-    probe = _abstract_probe(method, llava, mesh)
+    probe = abstract_probe(method, llava, mesh)
     for index, (name, size) in enumerate(zip(tasks, sizes, strict=True)):
         info = TaskInfo(index, name, total, size, np.zeros(index, np.float32), trees.SHAPES_ONLY)
         state = jax.eval_shape(lambda state: method.start_task(state, info, probe), state)
@@ -67,7 +67,7 @@ def abstract_stages(method: Method, llava: Llava, tasks: Sequence[str], sizes: S
             state = jax.eval_shape(lambda state: method.end_task(state, info, probe), state)
 
 
-def _abstract_probe(method: Method, llava: Llava, mesh: Mesh) -> Probe:
+def abstract_probe(method: Method, llava: Llava, mesh: Mesh) -> Probe:
     """The probe on any number of samples, for its shapes: zeros, or tracers under jax.eval_shape."""
 
     def samples(state: CLState, rows: np.ndarray) -> dict[str, jax.Array]:

@@ -78,7 +78,8 @@ def test_doctor_finds_the_three_places_and_says_what_is_missing(parts, capsys):
     assert "tensor" not in text.split("Before you run it:")[-1]
     without = {name: place for name, place in parts.items() if name != "model__projector_path"}
     said = doctor(capsys, without)
-    assert "4 problem(s): no tensor multi_modal_projector.linear_1" in said and "backbone vicuna" not in said
+    assert "holds no projector; give the one of LLaVA's first stage (mm_projector.bin): config.model.projector_path in a run" in said
+    assert "backbone vicuna" not in said
     alone = f"--config.model.path={parts['model__path']}"
     assert tools.main(["doctor", f"--config={tiny_run.CONFIGS / 'coin_mini.py'}:method=lora", alone]) == 1
     assert "without a vision tower; give the folder of a CLIP: config.model.vision_path" in capsys.readouterr().err

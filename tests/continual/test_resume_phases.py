@@ -46,9 +46,8 @@ def losses(workdir: Path) -> list[tuple]:
 
 # method -> where it is killed, one after the other: (stage, progress).
 KILLS = {
-    "sema": [("00_textvqa", "func_0000004"), ("00_textvqa", "func_0000008"), ("00_textvqa", "rd_0000004"), ("01_imagenet", "rd_0000006")],
-    "pclr": [("00_textvqa", "learn_0000002"), ("01_imagenet", "learn_0000008"), ("01_imagenet", "integrate_0000004"),
-             ("02_ocrvqa", "learn_0000006")],
+    "sema": [("00_textvqa", "func_0000004"), ("01_imagenet", "rd_0000006")],
+    "pclr": [("01_imagenet", "learn_0000008"), ("01_imagenet", "integrate_0000004")],
 }  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def test_five_steps_are_torchs_adamw_with_groups(rng, decay, clip):
     @jax.jit
     def update(ours, state, gradient, rates):
         updates, state = transform.update(gradient, state, ours)
-        return optax.apply_updates(ours, optim.apply_rates(updates, method, rates)), state, optim.global_norm(gradient)
+        return optax.apply_updates(ours, optim.apply_rates(updates, method, rates, {})), state, optim.global_norm(gradient)
 
     for step in range(5):
         gradient = {group: rng.standard_normal(shape).astype(np.float32) for group, shape in shapes.items()}
