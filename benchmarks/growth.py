@@ -105,7 +105,8 @@ def _program(settings: Settings, llava, name: str, phase: Phase, state, mask, me
     }
     held = [placed(part, same) for part in (trainable, moments, frozen, state.memory)]
     step = make_train_step(settings.method, train, settings.model.remat, False, mesh, phase.program())
-    return Program(name, phase.program(), step, (*held, place_backbone(llava, mesh), placed(batch, meshes.batch_sharding(mesh)), placed(control, same)))
+    given = place_backbone(llava, mesh), placed(batch, meshes.batch_sharding(mesh)), placed(control, same)
+    return Program(name, phase.program(), step, (*held, *given))
 
 
 def costs(program: Program, known: dict) -> dict[str, float]:
@@ -197,10 +198,11 @@ def write(rows: list[dict], arguments) -> None:
 
 def _text(rows: list[dict], quantities, times: bool, versions) -> list[str]:
     counts, methods = (list(dict.fromkeys(row[key] for row in rows)) for key in ("tasks", "method"))
-    lines = ["# Growth with the number of tasks", "", f"`python benchmarks/growth.py{'' if times else ' --no-time'}`, jax {versions['jax']}, "
-             f"{versions['platform']}, embedded model, settings of configs/coin_mini.py (32 rows of 80 positions, all slots of a pool at once).",
-             "The step of the last stage of a sequence of so many tasks; of a method with two phases both, where the second runs the model.",
-             ""]
+    command = f"`python benchmarks/growth.py{'' if times else ' --no-time'}`"
+    lines = ["# Growth with the number of tasks", "",
+             f"{command}, jax {versions['jax']}, {versions['platform']}, embedded model, settings of configs/coin_mini.py (32 rows of 80",
+             "positions, all slots of a pool at once). The step of the last stage of a sequence of so many tasks; a second phase where there is",
+             "one that runs the model.", ""]
     lines += [] if times else ["Times are not measured yet: the machine was busy. `python benchmarks/growth.py` measures them too.", ""]
     lines += ["![Growth](growth.png)", ""]
     for key, title, unit in quantities:

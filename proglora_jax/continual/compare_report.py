@@ -20,7 +20,8 @@ from proglora_jax.data.errors import UserError
 def default_out(named: str) -> Path:
     """runs/compare_<config>_<words of its argument>."""
     path, _, argument = named.partition(":")
-    return Path("runs", "_".join(["compare", Path(path).stem, *(word.strip().replace("=", "-") for word in argument.split(",") if word.strip())]))
+    words = [word.strip().replace("=", "-") for word in argument.split(",") if word.strip()]
+    return Path("runs", "_".join(["compare", Path(path).stem, *words]))
 
 
 def run_comparison(
