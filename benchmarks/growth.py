@@ -190,7 +190,8 @@ def write(rows: list[dict], arguments) -> None:
     versions = {"jax": jax.__version__, "platform": jax.devices()[0].platform}
     (RESULTS / "growth.json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
     times = all("time_ratio" in row for row in rows)
-    quantities = [("held_bytes", "Held beside the backbone, MiB", 2**20), ("argument_bytes", "Arguments that the step reads, MiB", 2**20), ("temporary_bytes", "Temporaries of the step, MiB", 2**20),
+    quantities = [("held_bytes", "Held beside the backbone, MiB", 2**20), ("argument_bytes", "Arguments that the step reads, MiB", 2**20),
+                  ("temporary_bytes", "Temporaries of the step, MiB", 2**20),
                   ("flops", "Operations of matmuls, 10^9", 1e9)]
     quantities += [("time_ratio", "Time of a step, by LoRA's with as many tasks", 1.0)] if times else []
     (RESULTS / "growth.md").write_text("\n".join(_text(rows, quantities, times, versions)) + "\n")
@@ -202,9 +203,9 @@ def _text(rows: list[dict], quantities, times: bool, versions) -> list[str]:
     command = f"`python benchmarks/growth.py{'' if times else ' --no-time'}`"
     lines = ["# Growth with the number of tasks", "",
              f"{command}, jax {versions['jax']}, {versions['platform']}, embedded model, settings of configs/coin_mini.py (32 rows of 80",
-             "positions, all slots of a pool at once). The step of the last stage of a sequence of so many tasks; a second phase where there is",
-             "one that runs the model. Held: parameters, Adam's moments and what the method keeps; the step need not read all of it (BranchLoRA's",
-             "routers of earlier tasks). Each stage of a pool of full size costs the same; with `pool_chunk` it costs what its own slots do.", ""]
+             "positions, all slots of a pool at once). The step of the last stage of a sequence of so many tasks, and of a second phase that runs",
+             "the model. Held: parameters, Adam's moments and what the method keeps; the step need not read all of it (BranchLoRA's old",
+             "routers). Each stage of a pool of full size costs the same; with `pool_chunk` it costs what its own slots do.", ""]
     lines += [] if times else ["Times are not measured yet: the machine was busy. `python benchmarks/growth.py` measures them too.", ""]
     lines += ["![Growth](growth.png)", ""]
     for key, title, unit in quantities:
