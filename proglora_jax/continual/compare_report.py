@@ -20,7 +20,8 @@ from proglora_jax.data.errors import UserError
 def default_out(named: str) -> Path:
     """runs/compare_<config>_<words of its argument>."""
     path, _, argument = named.partition(":")
-    return Path("runs", "_".join(["compare", Path(path).stem, *(word.strip().replace("=", "-") for word in argument.split(",") if word.strip())]))
+    words = [word.strip().replace("=", "-") for word in argument.split(",") if word.strip()]
+    return Path("runs", "_".join(["compare", Path(path).stem, *words]))
 
 
 def run_comparison(
@@ -45,8 +46,8 @@ def run_comparison(
     out = out or default_out(named)
     runs = plan(named, overrides, methods, seeds, out, isolated)
     say = lambda line: print(line, flush=True)
-    say(f"{len(runs)} runs below {out}: {len(methods)} methods, {len(seeds)} seeds"
-        + (f", {sum(bool(run.families) for run in runs)} with each task alone" if isolated else ""))
+    say(f"{len(runs)} runs below {out}: methods {', '.join(methods)}; seeds {', '.join(map(str, seeds))}"
+        + (f"; {sum(bool(run.families) for run in runs)} of the runs train each task alone" if isolated else ""))
     failed, stopped = compare_jobs.run_all(runs, jobs, say, job)
     for path in write_comparison(runs, out, command, failed)[:2]:
         say(path)
