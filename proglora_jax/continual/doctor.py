@@ -173,11 +173,11 @@ def _plan(settings: Settings, stages: list[PlannedStage], machine: Machine, mesh
     rows = []
     for stage in stages:
         own = f"{stage.train_rows:,}" + (f" + {stage.replayed:,}" if stage.replayed else "")
-        hours = (stage.steps * stage.batch * train_second, stage.questions * ask_second)
+        hours = (stage.rows_passed * train_second, stage.questions * ask_second)
         rows.append((str(stage.number + 1), stage.name, own, str(stage.batch), f"{stage.steps:,}", f"{stage.questions:,}",
                      *(format_seconds(second) if second else "-" for second in hours)))
     totals = [sum(getattr(stage, name) for stage in stages) for name in ("steps", "questions")]
-    seconds = [sum(stage.steps * stage.batch for stage in stages) * train_second, totals[1] * ask_second]
+    seconds = [sum(stage.rows_passed for stage in stages) * train_second, totals[1] * ask_second]
     rows.append(("", "all", "", "", f"{totals[0]:,}", f"{totals[1]:,}", *(format_seconds(second) if second else "-" for second in seconds)))
     head = ("stage", "task", "rows (+ replayed, at most)", "batch", "steps", "questions", "train", "answer")
     return "\n".join([plain_table(Table(head, tuple(rows))), how])

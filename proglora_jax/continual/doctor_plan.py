@@ -24,7 +24,8 @@ class PlannedStage:
         train_rows: own rows; 0 where nothing trains.
         replayed: rows of earlier tasks, at most (as if no two tasks were alike).
         batch: rows of a step.
-        steps: of all its phases.
+        steps: of all phases that run the model; those on stored features cost next to nothing.
+        rows_passed: rows of all these steps.
         questions: asked afterwards.
         shapes: the method's state.
     """
@@ -35,6 +36,7 @@ class PlannedStage:
     replayed: int
     batch: int
     steps: int
+    rows_passed: int
     questions: int
     shapes: shapes.StageShapes
 
@@ -72,8 +74,8 @@ def questions(settings: Settings, task: str) -> int:
     return min(size, settings.evaluate.subset_size) if settings.evaluate.subset_size else size
 
 
-def steps_of(settings: Settings, rows: int, replay: Replay | None, replayed: int, batch: int) -> int:
-    """Optimizer steps of a phase, as data/plan.py cuts them."""
+def steps_of(settings: Settings, rows: int, replay: Replay | None, replayed: int, batch: int, epochs: int = 0) -> int:
+    """Optimizer steps of a phase, as data/plan.py cuts them; `epochs` 0 takes the config's."""
     train = settings.train
     if train.max_steps:
         return train.max_steps
@@ -82,18 +84,20 @@ def steps_of(settings: Settings, rows: int, replay: Replay | None, replayed: int
     elif replay and replayed:
         batch -= max(1, round(batch * replay.share))
     full, rest = divmod(rows, batch)
-    return train.epochs * (full + (rest > 0 and settings.data.remainder == "wrap"))
+    return (epochs or train.epochs) * (full + (rest > 0 and settings.data.remainder == "wrap"))
 
 
 def _planned(settings: Settings, stage: Stage, own: int, sizes: list[int], asked: int, state: shapes.StageShapes) -> PlannedStage:
     phases = settings.method.phases(state.info)
     if not phases:
-        return PlannedStage(stage.number, stage.name, 0, 0, 0, 0, asked, state)
+        return PlannedStage(stage.number, stage.name, 0, 0, 0, 0, 0, asked, state)
     replay = settings.method.replay(state.info)
     replayed = sum(min(count, size) for count, size in zip(replay.counts, sizes)) if replay else 0
     batch = batch_size_of(settings.train, stage.name)
-    steps = len(phases) * steps_of(settings, own, replay, replayed, batch)
-    if not steps:
+    cut = [(phase.batch_size or batch, phase.epochs) for phase in phases if not phase.features]
+    steps = [steps_of(settings, own, replay, replayed, size, epochs) for size, epochs in cut]
+    if not all(steps):
         raise UserError(f"config.train.batch_size={batch}: the stage {stage.name} has only {own} rows; lower it or set "
                         "config.data.remainder=wrap")
-    return PlannedStage(stage.number, stage.name, own, replayed, batch, steps, asked, state)
+    passed = sum(count * size for count, (size, _) in zip(steps, cut))
+    return PlannedStage(stage.number, stage.name, own, replayed, batch, sum(steps), passed, asked, state)

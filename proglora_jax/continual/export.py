@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def export_adapter(
     if not method.blocks(trained.state):
         raise UserError(f"{trained.folder}: {method.name} has no adapter; its backbone is the model")
     if block is None:
-        adapter = _folded(trained, id_, "or export its blocks one by one (--block), or all with their gates (--kind dynamic)")
+        adapter = _folded(trained, id_)
         if method.blocks(trained.state) == 1 and not method.uses_task_id:
             block = 0  # the same adapter, with the rank and alpha of its training
     if block is not None:
@@ -115,8 +116,7 @@ def export_merged(
     check_free(out)
     trained = open_trained(workdir, stage)
     id_ = trained.asked_task(task)
-    advice = "so no single set of weights equals it; export a block as an adapter (--block), or all with their gates (--kind dynamic)"
-    adapter = _folded(trained, id_, advice)
+    adapter = _folded(trained, id_)
     source, warning = trained.backbone(base)
     say(log, warning)
     merge = Merge(trim_ranks(adapter, 0) if adapter else {}, jax.tree.map(np.asarray, trained.state.params["mm_projector"]))
@@ -145,11 +145,22 @@ def _compare(trained: Trained, base: str | None, folder: pathlib.Path, task: int
     return torch_check.compare_adapter(trained, source, folder, task, block)
 
 
-def _folded(trained: Trained, task: int, advice: str) -> PyTree:
+def _folded(trained: Trained, task: int) -> PyTree:
     try:
         return jax.tree.map(np.asarray, trained.method.fold(trained.state, task))
     except ValueError as error:
-        raise UserError(f"{trained.folder}: {error}, {advice}") from error
+        raise UserError(f"{trained.folder}: {error}, so that no single set of weights equals it; {other_forms(trained)}") from error
+
+
+def other_forms(trained: Trained) -> str:
+    """What can be exported of a stage that cannot be folded into one adapter."""
+    forms = []
+    for ask, form in ((lambda: trained.method.block(trained.state, 0), "one block alone (--kind adapter --block)"),
+                      (lambda: trained.method.routing(trained.state), "all blocks with their gates (--kind dynamic)")):
+        with contextlib.suppress(ValueError):
+            ask()
+            forms.append(form)
+    return f"what can be exported is {', or '.join(forms)}" if forms else "there is no export of it yet"
 
 
 def _block(trained: Trained, block: int) -> PyTree:

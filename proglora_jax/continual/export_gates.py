@@ -26,7 +26,7 @@ from proglora_jax.checkpoints.peft_export import linear_entries, save_adapter
 from proglora_jax.checkpoints.shards import Entry, write_file
 from proglora_jax.checkpoints.sources import Source
 from proglora_jax.continual import torch_check
-from proglora_jax.continual.export import RECORD, record, say
+from proglora_jax.continual.export import RECORD, other_forms, record, say
 from proglora_jax.continual.predict import prompting
 from proglora_jax.continual.torch_check_gates import MODULE, compare_dynamic
 from proglora_jax.continual.trained import Trained, open_trained
@@ -68,7 +68,7 @@ def export_dynamic(
     try:
         routing = trained.method.routing(trained.state)
     except ValueError as error:
-        raise UserError(f"{trained.folder}: {error}; use --kind adapter, with --block for one block alone, or --kind merged") from error
+        raise UserError(f"{trained.folder}: {error}; {_instead(trained)}") from error
     source, warning = trained.backbone(base)
     say(log, warning)
     torch_check.check_readable(source)
@@ -84,6 +84,14 @@ def export_dynamic(
             f"({', '.join(names)})")
         log(torch_check.checked(verify, lambda: compare_dynamic(trained, source, partial)))
     log(f"wrote {out}; {MODULE} in it says how to use it")
+
+
+def _instead(trained: Trained) -> str:
+    try:
+        trained.method.fold(trained.state, trained.task_id(None))
+    except ValueError:
+        return other_forms(trained)
+    return "use --kind adapter or --kind merged"
 
 
 def module_file() -> pathlib.Path:

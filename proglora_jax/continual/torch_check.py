@@ -176,7 +176,8 @@ def _our_logits(trained: Trained, source: Source, inputs: dict[str, np.ndarray],
     batch = {"segments": np.full(tokens.shape, INSTRUCTION, np.int8), "task_id": np.full((rows,), task, np.int32)}
     if block is not None:
         one = method.block(state, block)
-        method = LoRA(rank=method.rank, alpha=method.alpha)
+        rank = next(iter(one.values()))["a"].shape[-1]  # an expert has a share of the method's
+        method = LoRA(rank=rank, alpha=method.scale * rank)
         state = CLState({"block": one, PROJECTOR: state.params[PROJECTOR]}, {}, {}, state.stage)
     with on_the_host():
         llava = load_source(source, jnp.float32, settings=Settings(dtype="float32"))

@@ -243,7 +243,10 @@ class Method:
         Raises:
             ValueError: with the reason, where the gates do not depend on the input, or on more than a Routing can say.
         """
-        del state
+        try:
+            self.fold(state, int(state.stage))
+        except ValueError as error:
+            raise ValueError(f"how the gates of {self.name} follow from a prompt is not described by the method") from error
         raise ValueError(f"{self.name} has no gates that depend on the input")
 
 

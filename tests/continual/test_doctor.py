@@ -74,6 +74,16 @@ def test_other_protocols():
     assert [stage.questions for stage in alone[:2]] == [12_578, 30_969] and {stage.shapes.info.total for stage in alone} == {1}
 
 
+def test_phases_have_steps_of_their_own_and_features_cost_none():
+    _, plain = planned("method=lora")
+    _, stages = planned("method=sema")  # a second phase trains descriptors on stored features
+    assert [stage.steps for stage in stages] == [stage.steps for stage in plain]
+    _, stages = planned("method=pclr", "--config.method.integrate_batch_size=48", "--config.method.integrate_epochs=2")
+    assert stages[0].steps == 12_726 // 96  # nothing is integrated yet
+    assert stages[3].steps == 72_140 // 96 + 2 * (72_140 // 48)
+    assert stages[3].rows_passed == 72_140 // 96 * 96 + 2 * (72_140 // 48) * 48
+
+
 def test_limits_of_a_config_are_obeyed():
     limits = ("data.train_examples=1000", "evaluate.subset_size=50", "train.epochs=3", "data.tasks=GQA,VizWiz")
     _, stages = planned("method=lora", *(f"--config.{limit}" for limit in limits))

@@ -76,8 +76,8 @@ def write_run(workdir: Path, model: Path, source, name: str, protocol: str, fiel
         info = TaskInfo(stage.index, stage.name, total, 10, np.full(stage.index, 0.37, np.float32), 0)
         state = method.start_task(state, info, None)
         draw = lambda leaf: leaf + 0.05 * rng.standard_normal(np.shape(leaf)).astype("f4")  # noqa: B023
-        drawn = {} if name == "zero_shot" else {part: jax.tree.map(draw, state.params[part]) for part in ("block", "shared", "mm_projector")
-                                               if part in state.params}
+        parts = () if name == "zero_shot" else ("block", "shared", "branches", "mm_projector")
+        drawn = {part: jax.tree.map(draw, state.params[part]) for part in parts if part in state.params}
         state = dataclasses.replace(state, params=state.params | drawn)
         tree = jax.tree.map(np.asarray, method.to_disk(state)) | {"embedding": {f"task_{stage.index:02d}": {}}}
         digest, previous = trees.digest(tree), before[1] if before and not stage.fresh else ""
