@@ -78,6 +78,9 @@ def _add_compare(verbs) -> None:
 
 
 def _compare(arguments) -> int | None:
+    # argparse takes an override with a blank in it, "--config.data.buckets=((92, 24),)", for a folder.
+    arguments.overrides += [item for item in arguments.workdirs if item.startswith("--")]
+    arguments.workdirs = [item for item in arguments.workdirs if not item.startswith("--")]
     if arguments.config:
         return _compare_config(arguments)
     from proglora_jax.continual.report import compare_runs

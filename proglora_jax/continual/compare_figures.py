@@ -44,9 +44,9 @@ def step_curves(curves: Mapping[str, Sequence[Sequence[float]]], levels: Mapping
         line, = axes.plot(stages, centre, **style)
         lines.append((centre[-1], name, line))
     lines.sort(key=lambda entry: -entry[0])
-    shown = [f"{value:5.1f}  {_literal(name)}" for value, name, _ in lines]
-    figure.legend([line for *_, line in lines], shown, loc="outside right center", frameon=False, fontsize=11,
-                  title="after the last stage", title_fontsize=11, handlelength=3.4, labelspacing=0.75)  # fmt: skip
+    figure.legend([line for *_, line in lines], [f"{value:5.1f}  {_literal(name)}" for value, name, _ in lines], loc="outside right center",
+                  frameon=False, fontsize=11, title="after the last stage", title_fontsize=11, handlelength=3.4,
+                  labelspacing=0.75)  # fmt: skip
     axes.set_xlim(0.8, len(tasks) + 0.2)
     axes.set_ylim(0, 100)
     axes.set_xticks(range(1, len(tasks) + 1), [f"{stage}\n{_literal(task)}" for stage, task in enumerate(tasks, 1)], fontsize=10)

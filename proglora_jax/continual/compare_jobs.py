@@ -138,6 +138,8 @@ def sentence(console: Path, code: int) -> str:
         file.seek(max(0, console.stat().st_size - 20_000))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if code == 0:
+        return f"ended before it was finished; see {console}"
     if code < 0:
         return f"ended by signal {-code}, as when memory runs out; see {console}"
     if said:

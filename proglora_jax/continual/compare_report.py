@@ -46,8 +46,8 @@ def run_comparison(
     out = out or default_out(named)
     runs = plan(named, overrides, methods, seeds, out, isolated)
     say = lambda line: print(line, flush=True)
-    say(f"{len(runs)} runs below {out}: {len(methods)} methods, {len(seeds)} seeds"
-        + (f", {sum(bool(run.families) for run in runs)} with each task alone" if isolated else ""))
+    say(f"{len(runs)} runs below {out}: methods {', '.join(methods)}; seeds {', '.join(map(str, seeds))}"
+        + (f"; {sum(bool(run.families) for run in runs)} of the runs train each task alone" if isolated else ""))
     failed, stopped = compare_jobs.run_all(runs, jobs, say, job)
     for path in write_comparison(runs, out, command, failed)[:2]:
         say(path)

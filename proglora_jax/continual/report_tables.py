@@ -8,7 +8,6 @@ from proglora_jax.continual import report_figures
 from proglora_jax.continual.report_page import Picture, Section, Table
 from proglora_jax.continual.run_record import RunRecord
 from proglora_jax.evaluation.sequence import round_half_up
-from proglora_jax.methods.base import Method
 from proglora_jax.methods.registry import METHODS
 
 ABSENT = "–"
@@ -116,16 +115,18 @@ def gate_section(record: RunRecord) -> Section | None:
         return None
     stage = max(stages)
     gates = {task: list(record.gates[stage][task]) for task in record.tasks if task in record.gates[stage]}
-    method = METHODS.get(record.method, Method)
-    of_tasks, unit = method.blocks_are_tasks, method.gate_unit
-    blocks = _used_blocks(gates, stage + 1) if of_tasks else max(map(len, gates.values()))
+    method = METHODS.get(record.method)
+    # What gates belong to where it is no task; counted from 0 as by `tools convert --block`.
+    expert = method.gate_unit if method and not method.blocks_are_tasks else ""
+    blocks = max(map(len, gates.values())) if expert else _used_blocks(gates, stage + 1)
     gates = {task: values[:blocks] for task, values in gates.items()}
-    per_task = of_tasks and blocks == stage + 1
-    labels = [f"{block + 1}\n{record.tasks[block]}" if per_task else f"{unit} {block + 1}" for block in range(blocks)]
+    per_task = not expert and blocks == stage + 1
+    named = lambda block: f"{block + 1}\n{record.tasks[block]}" if per_task else f"{expert}\n{block}" if expert else str(block + 1)
+    labels = [named(block) for block in range(blocks)]
     own = [(row, record.tasks.index(task)) for row, task in enumerate(gates)] if per_task else []
     title = f"Mean gate after stage {stage + 1}"
-    caption = f"{title}: row = task of the questions, column = {unit}" + ("; outlined: the task's own." if own else ".")
-    png = report_figures.mean_gates(gates, labels, own, title, unit)
+    caption = f"{title}: row = task of the questions, column = {expert or 'block'}" + ("; outlined: the task's own block." if own else ".")
+    png = report_figures.mean_gates(gates, labels, own, title, expert or "block")
     rows = [(task, *(number(value, digits=3) for value in [*values, *[None] * (blocks - len(values))])) for task, values in gates.items()]
     table = Table(("questions of", *(label.replace("\n", " ") for label in labels)), tuple(rows), "Mean gates")
     return Section("Gates", pictures=(Picture("report_gates.png", caption, png),), tables=(table,))

@@ -274,17 +274,17 @@ def test_empty_slots_of_the_pool_are_not_shown():
     section = gate_section(record(3))
     assert section.tables[0].head == ("questions of", "1 ScienceQA", "2 TextVQA", "3 ImageNet")
     experts = gate_section(record(method="moelora"))
-    assert experts.tables[0].head[1:] == tuple(f"expert {index}" for index in range(1, 9))
-    assert "column = expert" in experts.pictures[0].caption and "outlined" not in experts.pictures[0].caption
+    assert experts.tables[0].head[1:] == tuple(f"expert {index}" for index in range(8))
+    assert "column = expert" in experts.pictures[0].caption and "own" not in experts.pictures[0].caption
 
 
 def test_experts_that_nobody_asked_are_shown_and_modules_belong_to_their_tasks():
     idle = {1: {task: [0.5, 0.5, 0.0, 0.0] for task in TASKS[:2]}}
     branches = gate_section(record(2, method="branchlora", gates=idle))
-    assert branches.tables[0].head[1:] == ("branch 1", "branch 2", "branch 3", "branch 4")
+    assert branches.tables[0].head[1:] == ("branch 0", "branch 1", "branch 2", "branch 3")
     for method in ("sema", "pclr"):
         section = gate_section(record(2, method=method))
-        assert section.tables[0].head[1:] == ("1 ScienceQA", "2 TextVQA") and "the task's own." in section.pictures[0].caption
+        assert section.tables[0].head[1:] == ("1 ScienceQA", "2 TextVQA") and "the task's own block" in section.pictures[0].caption
 
 
 def test_heat_map_cells_are_where_they_belong():
