@@ -42,7 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script proglora-tools."""
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # "tools ... | head" has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)
 
 
 def _verb(verbs, name: str, summary: str, run: Callable) -> argparse.ArgumentParser:

@@ -205,3 +205,11 @@ def test_a_workdir_belongs_to_one_process_and_one_config(tmp_path):
     with pytest.raises(UserError, match="config.run.fresh is absent there and None here"):
         with main.claim_workdir(tmp_path / "run", config | {"run": {"seed": 1, "fresh": None}}):
             pass
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As in `tools doctor ... | head -1`: no stack trace, whatever was still to be printed."""
+    code = "from proglora_jax import tools; tools.main = lambda: [print('x' * 4096) for _ in range(99)] and 0; tools.entry()"
+    first = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first.stdout.close()
+    assert (first.wait(60), first.stderr.read()) == (1, b"")

@@ -105,7 +105,7 @@ def _gate_picture(name: str, records: Sequence[RunRecord], stage: int) -> Pictur
     width = max(len(used[0].gates[stage][task]) for task in rows)
     of_tasks = of_tasks and width == len(tasks)
     gates = {task: [mean(values) for values in zip(*(record.gates[stage][task] for record in used))] for task in rows}
-    labels = [f"{place}\n{tasks[place - 1]}" if of_tasks else f"{unit} {place}" for place in range(1, width + 1)]
+    labels = [f"{place}\n{tasks[place - 1]}" if of_tasks else f"{unit} {place - 1}" for place in range(1, width + 1)]
     own = [(row, tasks.index(task)) for row, task in enumerate(rows)] if of_tasks else []
     seeds = f"mean of {len(used)} seed{'s' if len(used) > 1 else ''}" if of_tasks else f"seed {used[0].seed}"
     caption = f"{name}: row = task of the questions, column = {unit}; {seeds}" + ("; outlined: the task's own." if own else ".")

@@ -73,7 +73,7 @@ def run_phases(
                 counts = ", ".join(f"{name} {count:,}" for name, count in shapes.trainable_counts(state.params, mask).items())
                 session.logger.message(f"phase {phase.name}: {counts} train")
             data = _phase_data(session, stage, info, own, state, phase, place, probe)
-            state, passed = _run_phase(session, stage, stages, phase, place, data, state, mask, origin, last=phase is phases[-1])
+            state, passed = _run_phase(session, stage, stages, phase, place, len(phases), data, state, mask, origin)
             seconds += passed
         state = method.after_phase(state, info, phase, probe)
     return state, seconds
@@ -98,11 +98,11 @@ def _phase_data(
 
 
 def _run_phase(
-    session: Session, stage: Stage, stages: tuple[Stage, ...], phase: Phase, place: int, data: _PhaseData, state: CLState, mask,
-    origin: str, last: bool
+    session: Session, stage: Stage, stages: tuple[Stage, ...], phase: Phase, place: int, phases: int, data: _PhaseData, state: CLState,
+    mask, origin: str
 ) -> tuple[CLState, float]:
-    """Trains one phase."""
-    settings, method = session.settings, session.method
+    """Trains one phase, number `place` of `phases`."""
+    settings, method, last = session.settings, session.method, place == phases - 1
     trainable, frozen = trees.partition(state.params, mask)
     begin = start_phase(trainable, settings.train, session.mesh, state.carry.get("running"))
     folder = stage.folder(session.workdir) / PROGRESS
@@ -110,7 +110,9 @@ def _run_phase(
     if begin.step == data.steps and not last:  # done before the run was killed in a later phase, whose record must stay
         return _ended(state, frozen, begin), spent
     session.logger.rewind(stage.number, phase.name, begin.step)
-    later = (len(stages) - stage.number - 1) * data.steps
+    # Phases to come are taken to be as long as this one; what they need is not planned yet.
+    stages_left, own_left = len(stages) - stage.number - 1, phases - place - 1
+    later = (stages_left * phases + own_left) * data.steps
     session.logger.start_phase(stage=stage.number, stages=len(stages), task=stage.name, phase=phase.name, steps=data.steps,
                                first_step=begin.step, steps_after=later)
     began = time.monotonic() - spent
