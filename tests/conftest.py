@@ -1,12 +1,20 @@
-"""Every test runs on eight simulated CPU devices with full matmul precision and parsed flags."""
+"""Every test runs on eight simulated CPU devices with full matmul precision, parsed flags and programs compiled once per session."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    # The tests compile more than they compute, and the newer emitters of fusions take more than half of XLA's time on a CPU.
+    _FLAGS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+# Compiled programs of the session: the first process makes the folder; workers and the runs that tests start find its name.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _COMPILED = tempfile.TemporaryDirectory(prefix="proglora_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

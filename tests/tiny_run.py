@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 from absl import logging
-from jax.experimental.compilation_cache import compilation_cache
 
 from proglora_jax import main
 from proglora_jax.checkpoints.hf_export import save_llava
@@ -36,6 +37,8 @@ SMALL = {
     "run.checkpoint_every_steps": 2, "run.log_every_steps": 1, "run.tensorboard": False, "similarity.max_samples": 4,
     "mesh.data": 1,
 }  # fmt: skip
+# What a run in this process may change of JAX's settings.
+CHANGED = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 DYNAMIC = {"method.proj_width": 4, "method.recall_per_task": 4}
 
 
@@ -131,6 +134,16 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     return names
 
 
+def compiled() -> str:
+    """The folder of compiled programs that all tests of this session share."""
+    return os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
+def xla_flags(devices: int) -> str:
+    """The flags of this process, with another number of simulated devices."""
+    return re.sub(r"(platform_device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])
+
+
 class Here:
     """Tiny runs in this process, on one of its devices, with one model, one benchmark and one compile cache."""
 
@@ -139,7 +152,7 @@ class Here:
 
     def config(self, method: str = "proglora_dynamic", **fields: Any) -> dict[str, dict[str, Any]]:
         """The tiny config with changes; `fields` are written section__field."""
-        return config(self.model, self.root, method, **{"run__compilation_cache": str(self.folder / "cache")} | fields)
+        return config(self.model, self.root, method, **{"run__compilation_cache": compiled()} | fields)
 
     def run(self, name: str, method: str = "proglora_dynamic", **fields: Any) -> Path:
         """Runs in the workdir of that name, or goes on there; returns the workdir."""
@@ -150,9 +163,7 @@ class Here:
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Iterator[Here]:
     """Import it into a test file: its runs take the first of the simulated devices, and compile each program once."""
-    options = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 1.0}
-    options |= {"jax_disable_most_optimizations": False}
-    compilation_cache.reset_cache()
+    options = {name: getattr(jax.config, name) for name in CHANGED} | {"jax_disable_most_optimizations": False}
     jax.config.update("jax_disable_most_optimizations", True)
     make, level = meshes.make_mesh, logging.get_verbosity()
     meshes.make_mesh = lambda shape, devices=None: make(shape, devices or jax.devices()[:1])
@@ -161,4 +172,3 @@ def here(tmp_path_factory) -> Iterator[Here]:
     logging.set_verbosity(level)
     for name, value in options.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()

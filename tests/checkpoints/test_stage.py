@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+import tiny_run
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from proglora_jax.checkpoints import folders
@@ -315,7 +316,7 @@ for shard in trees["t"]["w"].addressable_shards:
 
 
 def test_two_processes_save_and_load_together(tmp_path, unused_port):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": tiny_run.xla_flags(2), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROCESSES, str(tmp_path), f"127.0.0.1:{unused_port}"]
     workers = [subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for i in range(2)]
     errors = [worker.communicate(timeout=60)[1] for worker in workers]

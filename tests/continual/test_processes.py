@@ -33,8 +33,8 @@ class Team:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        flags = tiny_run.flags(place.model, place.folder / "data", **FIELDS | {"run__compilation_cache": place.folder / "cache"} | fields)
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+        flags = tiny_run.flags(place.model, place.folder / "data", **FIELDS | {"run__compilation_cache": tiny_run.compiled()} | fields)
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": tiny_run.xla_flags(1)}
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # they compile more than they compute
         environment["PYTHONPATH"] = f"{place.folder / 'path'}{os.pathsep}{ROOT}"
         self.workdir, self.logs, self.members = workdir, [workdir.parent / f"{workdir.name}.{i}.log" for i in range(count)], []
@@ -121,7 +121,7 @@ def test_processes_fail_stop_and_go_on_together_in_any_number(place, alone):
     assert re.search("was left by another one|tasks? .*(died|unhealthy|heartbeat)", team.text(0)), team.text(0)
 
     # ---- one process with eight devices ends it
-    text = place.finish(workdir, devices=8, **{"run__compilation_cache": place.folder / "cache"} | FIELDS)
+    text = place.finish(workdir, devices=8, **{"run__compilation_cache": tiny_run.compiled()} | FIELDS)
     assert "8 device(s)" in text and "stage 1/2 TextVQA train" not in text
     same(workdir, alone)
 

@@ -43,7 +43,7 @@ def run(here, parts: dict[str, str], argument: str, **more) -> Path:  # noqa: F8
     """Runs configs/coin.py with an argument, as the command line does."""
     config = load_config(f"{tiny_run.CONFIGS / 'coin.py'}:backbone=any,{argument}",
                          [f"--config.{name.replace('__', '.')}={value}" for name, value in parts.items()])
-    for name, value in (SMALL | more | {"run.compilation_cache": str(here.folder / "cache")}).items():
+    for name, value in (SMALL | more | {"run.compilation_cache": tiny_run.compiled()}).items():
         section, field = name.split(".")
         assert field in config[section], name
         config[section][field] = value

@@ -35,10 +35,10 @@ class Place:
 
     def start(self, workdir: Path, devices: int = 1, **fields) -> Process:
         """Starts the run in a workdir, or goes on with it."""
-        fields = {"train__batch_size": 8, "run__compilation_cache": self.folder / "cache", "mesh__data": -1} | fields
+        fields = {"train__batch_size": 8, "run__compilation_cache": tiny_run.compiled(), "mesh__data": -1} | fields
         flags = tiny_run.flags(self.model, self.folder / "data", **fields)
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{self.folder / 'path'}{os.pathsep}{ROOT}"}
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] = tiny_run.xla_flags(devices)
         return Process([sys.executable, "-m", "proglora_jax.main", *flags, f"--workdir={workdir}"], environment, workdir)
 
     def finish(self, workdir: Path, **fields) -> str:
