@@ -101,7 +101,8 @@ def save_random(shape: Shape, folder: str) -> None:
         vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.heads, max_position_embeddings=2048, rms_norm_eps=1e-5)
     vision = transformers.CLIPVisionConfig(
-        hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=112, patch_size=14, projection_dim=64)
+        hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=112, patch_size=14,
+        projection_dim=64)
     config = transformers.LlavaConfig(
         text_config=text, vision_config=vision, image_token_index=IMAGE_ID, pad_token_id=0, vision_feature_layer=-2,
         vision_feature_select_strategy="default", image_seq_length=shape.image_tokens)
@@ -134,8 +135,9 @@ def settings_of(method: str, fields: dict, remat: str) -> Settings:
     """The embedded model's settings for a case."""
     overrides = {"rank": RANK, "alpha": ALPHA, **fields}
     flags = [f"--config.method.{name}={value}" for name, value in overrides.items()]
-    flags += [f"--config.train.learning_rate={RATE}", f"--config.train.projector_learning_rate={RATE}", "--config.train.schedule=constant",
-              "--config.train.warmup_fraction=0.0", f"--config.model.remat={remat}", "--config.data.root=unused"]
+    flags += [f"--config.train.learning_rate={RATE}", f"--config.train.projector_learning_rate={RATE}",
+              "--config.train.schedule=constant", "--config.train.warmup_fraction=0.0",
+              f"--config.model.remat={remat}", "--config.data.root=unused"]
     return from_config(load_config(f"{ROOT / 'configs/coin_mini.py'}:method={method}", flags))
 
 

@@ -30,6 +30,7 @@ def attach(model: Any, blocks: int, rank: int, alpha: float, dropout: float = 0.
 
 def set_checkpointing(model: Any, wanted: bool) -> None:
     """Switches gradient checkpointing of every layer on or off."""
+    model.disable_input_require_grads()
     if wanted:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
