@@ -110,7 +110,7 @@ def sizes_of(tiny: bool) -> Sizes:
     vision = ClipConfig(hidden_size=16, intermediate_size=24, projection_dim=8, num_hidden_layers=2, num_attention_heads=2, image_size=56,
                         patch_size=28)
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_id=3, pad_token_id=0)
-    return Sizes(config, labels=4, new_tokens=3, rounds=1, steps=1, tiny=True)
+    return Sizes(config, labels=4, new_tokens=3, dtype="float32", rounds=1, steps=1, tiny=True)
 
 
 def tiny(case: Case) -> Case:

@@ -76,6 +76,8 @@ def _measured(case: Case, sizes: Sizes, llava: Any, job: concurrent.futures.Futu
     else:
         call, first = lambda: side.generate(program, batch), {}
     times = timed(call, jax.block_until_ready, sizes)
+    if case.what == "train":  # after as many steps on the same batch: two programs of the same function agree here too
+        first["loss_later"] = float(call())
     plan, device = program.memory_analysis(), jax.devices()[0]
     known = {"attention": side.settings.model.attention, "compile_s": compile_s, "device": device.device_kind, **first}
     if plan is not None:
