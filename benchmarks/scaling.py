@@ -140,7 +140,10 @@ def data_parallel(counted: dict[str, Any], share: float) -> Iterator[Line]:
     peak = CHIPS["NVIDIA H100 80GB HBM3"].peak
 
     def line(name: str, chips: int, rows: float) -> Line:
-        spent, sent = _all_chips(NETWORKS["H100"], chips, counted["collectives"], lambda one: chips)
+        # More rows than were compiled for are computed in parts; gradients that are summed inside the loop over layers are so in each.
+        parts = max(1, round(rows / chips / ROWS))
+        asked = [one | {"times": one["times"] * (parts if one["times"] > 1 else 1)} for one in counted["collectives"]]
+        spent, sent = _all_chips(NETWORKS["H100"], chips, asked, lambda one: chips)
         return Line(f"H100, 7B, {name}", chips, f"{chips} x 1", rows, rows / chips * work / (peak * share), sent, spent)
 
     for chips in COUNTS:
@@ -162,8 +165,6 @@ def slices(reports: list[dict[str, Any]], share: float) -> Iterator[Line]:
         known = report["mesh"]["fsdp"] * report["mesh"]["model"]
         for chips in COUNTS:
             fsdp = min(known, chips)
-            if known < 2 and chips < 2:
-                continue
             # Gradients are summed over all chips; what is gathered along fsdp stays within that axis.
             group = lambda one: chips if one["kind"] == "all-reduce" else min(one["group"] or fsdp, fsdp) if known > 1 else chips
             spent, sent = _all_chips(NETWORKS[chip.name], chips, train["collectives"], group)
@@ -272,8 +273,9 @@ def _text(lines: list[Line], gpu: float, origin: str, share: float, counted: dic
         "again are in them.",
         "- A collective is a ring over all its chips, each byte through the slowest link, one hop a turn; within an open slice at half the "
         "rate. NCCL's trees and a reduction within each host first would send fewer bytes between hosts.",
-        f"- What H100s send is what the step, compiled for {counted['devices']} devices, reduces: {reduced / 1e6:.0f} MB a step whatever "
-        "the number of rows, since the backbone is whole on each and gets no gradient.",
+        f"- What H100s send is what the step, compiled for {counted['devices']} devices, reduces: {reduced / 1e6:.0f} MB a step of {ROWS} "
+        f"rows a chip, since the backbone is whole on each and gets no gradient. More rows are computed in parts of {ROWS}, and the "
+        "adapters' gradients are reduced in each part, as the compiled TPU programs with parts do.",
         "- The step's time lies between the two columns: every byte hidden behind arithmetic, and none.",
         *(f"- {name}: sends {network.rate / 1e9:.0f} GB/s" + (f", beyond {network.inside} chips {network.outside / 1e9:.0f}" if
           network.outside else "") + f"; a hop takes {network.hop * 1e6:.0f} us (assumed). {network.source}." for name, network in
