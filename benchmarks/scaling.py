@@ -30,7 +30,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 COUNTS = (8, 64, 256)
 ROWS, POSITIONS, LABELS = 16, 704, 64  # of a chip in the data-parallel step; whole batches of 128 (LLaVA) and 896 (CoIN's scripts) below
 STRONG = (128, 896)
-COUNT_CONFIG = ["--config.mesh.data=8", "--config.mesh.fsdp=1", "--config.train.micro_batches=1"]
+COUNT_CONFIG = ["--config.mesh.data=8", "--config.mesh.fsdp=1", "--config.train.micro_batches=1",
+                "--config.model.remat=qkvo_mlp"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,7 @@ def command(name: str) -> list[str]:
         "python", "-m", "proglora_jax.tools", "compile", "--topology", topology,
         "--config", f"configs/coin.py:backbone=llava15_{name.rpartition('_')[2]},batches=mcitlib64", "--positions", "704",
         f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.train.micro_batches={parts}",
+        "--config.model.remat=qkvo_mlp",
     ]  # fmt: skip
 
 

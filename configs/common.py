@@ -58,7 +58,7 @@ METHODS = {
 SECTIONS = {
     "model": {
         "path": "", "vision_path": "", "projector_path": "", "preset": "", "dtype": "bfloat16", "param_dtype": "bfloat16",
-        "attention": "auto", "remat": "qkvo_mlp", "unroll": 1,
+        "attention": "auto", "remat": "auto", "unroll": 1,
     },
     "data": {
         "benchmark": "coin", "root": "", "tasks": "coin", "instruction_set": "Original", "template": "vicuna_v1",
@@ -85,7 +85,7 @@ SECTIONS = {
     "mesh": {"data": -1, "fsdp": 1, "model": 1},
     "run": {
         "seed": 0, "protocol": "sequential", "isolated_results": "", "published_row": "", "checkpoint_every_steps": 500,
-        "log_every_steps": 20, "tensorboard": True, "compilation_cache": "",
+        "log_every_steps": 20, "tensorboard": True, "compilation_cache": "auto",
     },
 }
 

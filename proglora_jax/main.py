@@ -42,6 +42,7 @@ _FREE = {
     "run.log_every_steps", "run.checkpoint_every_steps", "run.tensorboard", "run.compilation_cache", "run.isolated_results",
     "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_image", "data.buckets",
     "evaluate.batch_size", "evaluate.prompt_lengths", "mesh.data", "mesh.fsdp", "mesh.model",
+    "model.remat",
     # The hashes of the files in every stage say whether they are the same.
     "model.vision_path", "model.projector_path", "similarity.vit_path", "similarity.bert_path",
 }
@@ -113,6 +114,7 @@ def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, com
     from proglora_jax.continual import runner
     from proglora_jax.continual.report import write_report
     from proglora_jax.continual.session import open_session
+    from proglora_jax.core.host import compiled_folder
     from proglora_jax.training.loop import StopSignal
     from proglora_jax.training.settings import from_config
 
@@ -129,8 +131,8 @@ def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, com
         stop = StopSignal().install()
 
         # ---- devices
-        if settings.run.compilation_cache:
-            jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.expanduser(settings.run.compilation_cache)))
+        if compiled := compiled_folder(settings.run.compilation_cache, jax.default_backend()):
+            jax.config.update("jax_compilation_cache_dir", compiled)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         logging.info("workdir %s, %d device(s): %s", workdir, jax.device_count(), jax.devices()[0].device_kind)
 

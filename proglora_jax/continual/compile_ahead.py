@@ -155,6 +155,8 @@ def _compile(plan: MemoryPlan, program: str, positions: int, order: Order) -> di
         if not rows:
             raise UserError(f"--program train: config.method.name='{settings.method.name}' trains nothing")
         shown = {"rows": rows, "positions": positions, "labels": labels}
+        settings = plan.settled((positions, labels))
+        shown["remat"] = settings.model.remat
         traced = programs.trace_train_step(settings, llava, stage, rows, (positions, labels), mesh)
     else:
         rows, new_tokens = settings.evaluate.batch_size, plan.longest_answer()

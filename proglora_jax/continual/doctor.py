@@ -27,6 +27,7 @@ from proglora_jax.models.presets import PRESETS, LlavaConfig
 from proglora_jax.training import memory, roofline, shapes
 from proglora_jax.training.attention_choice import choose_attention
 from proglora_jax.training.console import format_seconds
+from proglora_jax.training.remat_choice import device_limit
 from proglora_jax.training.settings import ModelSettings, Settings, from_config
 
 _NOT_SET = "(config.data.root is not set)"
@@ -92,15 +93,15 @@ def diagnose(config: Mapping[str, Mapping[str, Any]], machine: Machine | None = 
     llava = shapes.abstract_backbone(sizes, settings.model)
     stages = planned_stages(settings, llava, mesh)
     largest = stages[-1].shapes
-    limit = 1e9 * machine.memory_gb or float(_memory_limit())
+    limit = 1e9 * machine.memory_gb or float(device_limit())
     plan = MemoryPlan(settings, llava, largest, mesh, limit, [stage.batch for stage in stages if stage.train_rows])
     sections = [
         _environment(count, mesh, source, found),
-        _plan(settings, stages, machine, mesh, llava),
+        _plan(plan.settled(settings.data.buckets[0]), stages, machine, mesh, llava),
         f"Parameters in the last stage, {largest.info.name} with {settings.method.name}\n"
         + shapes.describe_parameters(largest.state.params, largest.mask, llava.to_tree(), largest.info.index),
         plan.text(),
-        _compiled(settings, llava, stages, plan) if compile_step else "",
+        _compiled(plan.settled(settings.data.buckets[-1]), llava, stages, plan) if compile_step else "",
         _advice([*notes, *plan.warnings()]),
     ]
     return "\n\n".join(section for section in sections if section)
@@ -147,11 +148,6 @@ def _encoders_problem(settings: Settings) -> str:
     except UserError as error:
         return str(error)
     return ""
-
-
-def _memory_limit() -> int:
-    statistics = jax.local_devices()[0].memory_stats()
-    return (statistics or {}).get("bytes_limit", 0)
 
 
 def _environment(count: int, mesh: Any, source: str, found: str) -> str:

@@ -11,6 +11,7 @@ from proglora_jax.data.tasks import TASKS
 from proglora_jax.models.llava import Llava
 from proglora_jax.training import memory
 from proglora_jax.training.memory import Load, Part
+from proglora_jax.training.remat_choice import in_words, policy_for, with_policy
 from proglora_jax.training.settings import Settings
 from proglora_jax.training.shapes import StageShapes
 
@@ -57,7 +58,12 @@ class MemoryPlan:
 
     def training(self, bucket: tuple[int, int]) -> list[Part]:
         """What a training step on a bucket's shape holds."""
-        return memory.training_memory(self.settings, self.llava, self.stage, Load(self.rows, *bucket), self.mesh)
+        return memory.training_memory(self.settled(bucket), self.llava, self.stage, Load(self.rows, *bucket), self.mesh)
+
+    def settled(self, bucket: tuple[int, int]) -> Settings:
+        """The settings with the policy that a run takes for a bucket, where the config says "auto"."""
+        policy = policy_for(self.settings, self.llava, self.stage, Load(self.rows, *bucket), self.mesh, self.limit)
+        return with_policy(self.settings, policy)
 
     def answering(self) -> list[Part]:
         """What the longest prompts and answers hold."""
@@ -82,6 +88,9 @@ class MemoryPlan:
             head = tuple(f"{positions} positions" for positions, _ in self.settings.data.buckets)
             blocks.append(f"Memory of a device while training, GB, {self.rows} row(s) at once, largest stage (estimated)")
             blocks.append(_columns(head, columns))
+            if self.settings.model.remat == "auto":
+                chosen = {bucket[0]: self.settled(bucket).model.remat for bucket in self.settings.data.buckets}
+                blocks.append(f"remat auto, by memory{'' if self.limit else ', which is not known'}: {in_words(chosen)}")
             if not self.limit:
                 blocks.append(self._capacities())
         evaluate = self.settings.evaluate
@@ -95,7 +104,8 @@ class MemoryPlan:
     def _capacities(self) -> str:
         """Rows that fit at once on common devices, for the smallest bucket."""
         bucket = self.settings.data.buckets[0]
-        cells = [f"{size} GB: {most_rows(self, bucket, 1e9 * size)}" for size in SIZES_GB]
+        plan = dataclasses.replace(self, settings=self.settled(bucket))
+        cells = [f"{size} GB: {most_rows(plan, bucket, 1e9 * size)}" for size in SIZES_GB]
         return f"rows that fit at once at {bucket[0]} positions, by the device's memory: {', '.join(cells)}"
 
     def warnings(self) -> list[str]:
@@ -135,7 +145,7 @@ class MemoryPlan:
         """The cheapest change that fits: more parts, more recomputing, a split backbone; cutting long rows comes last, it loses data."""
         for buckets in range(len(self.settings.data.buckets), 0, -1):
             for mesh in self._meshes():
-                for policy in _CHEAPEST_FIRST[_CHEAPEST_FIRST.index(self.settings.model.remat) :]:
+                for policy in _from(self.settings.model.remat):
                     for parts in self._parts(batch_ways(mesh)):
                         plan = self._changed(mesh, policy, parts, self.settings.data.buckets[:buckets])
                         if plan.peak() <= self.usable:
@@ -183,6 +193,11 @@ def most_rows(plan: MemoryPlan, bucket: tuple[int, int], limit: float) -> int:
     return max(0, int((memory.USABLE * limit - none) / (one - none)))  # every part is held once or grows with the rows
 
 
+def _from(policy: str) -> tuple[str, ...]:
+    """The policies that keep no more than one; "auto" chooses for itself."""
+    return ("auto",) if policy == "auto" else _CHEAPEST_FIRST[_CHEAPEST_FIRST.index(policy) :]
+
+
 def _one_part(settings: Settings) -> Settings:
     return dataclasses.replace(settings, train=dataclasses.replace(settings.train, micro_batches=1))
 
@@ -204,7 +219,8 @@ def _flags(before: MemoryPlan, after: MemoryPlan) -> str:
 
 def _columns(head: tuple[str, ...], columns: list[list[Part]]) -> str:
     """Parts as lines, one column per shape, with the sum below."""
-    names = [part.name for part in columns[0]]
+    differ = len({part.name for column in columns for part in column}) > len(columns[0])  # policies, one for each bucket
+    names = [part.name.partition(", remat")[0] if differ else part.name for part in columns[0]]
     rows = [(name, *(f"{column[i].bytes / 1e9:.2f}" for column in columns)) for i, name in enumerate(names)]
     rows.append(("all", *(f"{memory.total(column) / 1e9:.2f}" for column in columns)))
     table = Table(("", *head), tuple(rows))

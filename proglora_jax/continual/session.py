@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from proglora_jax.checkpoints.encoder_import import check_encoders
 from proglora_jax.checkpoints.hf_import import load_source
 from proglora_jax.checkpoints.sources import Source, find_source
+from proglora_jax.continual.stages import plan_stages
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import Targets
 from proglora_jax.data.errors import UserError
@@ -32,7 +33,8 @@ from proglora_jax.training import fisher, step
 from proglora_jax.training.attention_choice import choose_attention, model_options
 from proglora_jax.training.log import RunLogger
 from proglora_jax.training.loop import StopSignal
-from proglora_jax.training.settings import Settings
+from proglora_jax.training.remat_choice import choose_remat, device_limit, in_words
+from proglora_jax.training.settings import Settings, batch_size_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +43,7 @@ class Session:
 
     Attributes:
         settings: the checked config.
+        remat: what the backward pass computes again, by padded length where the config says "auto".
         workdir: the run's folder.
         mesh: the devices.
         llava: the frozen backbone, on the mesh.
@@ -55,6 +58,7 @@ class Session:
     """
 
     settings: Settings
+    remat: step.Remat
     workdir: Path
     mesh: Mesh
     llava: Any
@@ -94,7 +98,7 @@ class Session:
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def train_step(self, separate_replay: bool, phase: Phase) -> Callable:
         """The training step of a kind of phase, as `Phase.program` names it."""
-        return step.make_train_step(self.method, self.settings.train, self.settings.model.remat, separate_replay, self.mesh, phase)
+        return step.make_train_step(self.method, self.settings.train, self.remat, separate_replay, self.mesh, phase)
 
     @functools.cached_property
     def probe_step(self) -> Callable:
@@ -104,7 +108,7 @@ class Session:
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def squared_gradients(self, names: tuple[str, ...], kind: str) -> Callable:
         """The sum of squared gradients."""
-        return fisher.make_squared_gradients(self.method, self.mesh, names, kind, self.settings.model.remat)
+        return fisher.make_squared_gradients(self.method, self.mesh, names, kind, self.remat)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def generator(self, max_new_tokens: int) -> Callable:
@@ -171,11 +175,22 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
         multihost_utils.sync_global_devices("benchmark written")
     files = {task: load_task(data.root, task, data.instruction_set) for task in tasks}
     _read_records(files, settings)
+    remat = _remat(settings, config, tasks, mesh)
     llava = _load(source, settings, mesh)
     logger = RunLogger(workdir, settings.run.log_every_steps, settings.run.tensorboard, resumed, chief=jax.process_index() == 0)
-    logger.message(f"backbone {source.describe()}; attention {settings.model.attention}: {why}")
-    stop = stop or StopSignal()
-    return Session(settings, Path(workdir), mesh, llava, source.fingerprint(), source.protocol, encoder, images, tasks, files, logger, stop)
+    logger.message(f"backbone {source.describe()}; attention {settings.model.attention}: {why}; remat {in_words(remat)}")
+    workdir, stop = Path(workdir), stop or StopSignal()
+    return Session(
+        settings, remat, workdir, mesh, llava, source.fingerprint(), source.protocol, encoder, images, tasks, files, logger, stop)
+
+
+def _remat(settings: Settings, config: LlavaConfig, tasks: tuple[str, ...], mesh: Mesh) -> step.Remat:
+    if settings.model.remat != "auto":
+        return settings.model.remat
+    stages = plan_stages(tasks, settings.method, settings.run.protocol)
+    names = [stage.name for stage in stages][: 1 if stages[0].fresh else None]
+    batch = max(batch_size_of(settings.train, stage.name) for stage in stages)
+    return choose_remat(settings, config, names, batch, mesh, device_limit())
 
 
 def _check_folder(folder: str, config: LlavaConfig, tokenizer: Tokenizer, images: ImageSpec) -> None:

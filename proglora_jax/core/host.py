@@ -1,4 +1,4 @@
-"""What the process asks of the host's C library: freed memory is kept for the next step, not handed back to the kernel."""
+"""The host: what is asked of its C library about freed memory, and where compiled programs are kept."""
 
 from __future__ import annotations
 
@@ -32,6 +32,23 @@ def keep_freed_memory() -> bool:
     if mallopt is None or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
         return False
     return all([mallopt(parameter, value) == 1 for parameter, value in _SETTINGS])
+
+
+def compiled_folder(stated: str, platform: str) -> str:
+    """Folder of the persistent compile cache; "" for none.
+
+    Args:
+        stated: what the config says: a folder, "" or "auto". That is a folder of the user's cache on accelerators, where a large model's
+            step compiles for minutes, and none on CPUs: a program from there could ask for instructions that another host does not have.
+        platform: of the devices, as JAX calls it.
+    """
+    if stated != "auto":
+        return os.path.abspath(os.path.expanduser(stated)) if stated else ""
+    # JAX has read its own variable already, and it names what someone wants.
+    if platform == "cpu" or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return ""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(home, "proglora_jax", "compiled")
 
 
 def _cpu_only() -> bool:

@@ -15,7 +15,7 @@ from proglora_jax.core import tree as trees
 from proglora_jax.core.types import PyTree
 from proglora_jax.methods.base import Method
 from proglora_jax.training import losses
-from proglora_jax.training.step import Batch, look
+from proglora_jax.training.step import Batch, Remat, look, policy_at
 
 KINDS = ("batch", "per_sample")
 
@@ -25,7 +25,7 @@ def chosen(params: PyTree, names: tuple[str, ...]) -> dict[str, Any]:
     return trees.partition(params, trees.mask_by_prefix(params, names))[0]
 
 
-def make_squared_gradients(method: Method, mesh: Mesh, names: tuple[str, ...], kind: str, remat: str) -> Callable:
+def make_squared_gradients(method: Method, mesh: Mesh, names: tuple[str, ...], kind: str, remat: Remat) -> Callable:
     """The program that adds a batch's squared gradients to a sum; compiled once per bucket.
 
     Args:
@@ -34,7 +34,7 @@ def make_squared_gradients(method: Method, mesh: Mesh, names: tuple[str, ...], k
         names: prefixes of the parameters that are asked for.
         kind: "batch" squares the gradient of the batch's token mean; "per_sample" squares that of each row's own token mean and adds
             the rows up. A row without supervised tokens adds nothing.
-        remat: rematerialisation policy.
+        remat: rematerialisation policy, see `step.Remat`.
 
     Returns:
         (total, params, memory, llava, batch, stage) -> total; the first is donated.
@@ -43,7 +43,8 @@ def make_squared_gradients(method: Method, mesh: Mesh, names: tuple[str, ...], k
     def cross_entropy(asked: PyTree, params: PyTree, memory: PyTree, llava: Any, rows: Batch, stage: jax.Array) -> jax.Array:
         params = trees.merge(params, asked)
         sight = look(llava, method, params, memory, rows, stage)
-        hidden = llava.decode(sight.inputs.embeddings, adapter=method.adapter(params, sight.gates, None), remat=remat).hidden
+        adapter = method.adapter(params, sight.gates, None)
+        hidden = llava.decode(sight.inputs.embeddings, adapter=adapter, remat=policy_at(remat, rows)).hidden
         logits = llava.logits(losses.gather_positions(hidden, rows["label_index"]))
         nll = losses.token_nll(logits, rows["labels"], rows["label_mask"])
         return nll.sum() / jnp.maximum(rows["label_mask"].sum(), 1)

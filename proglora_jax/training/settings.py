@@ -30,7 +30,7 @@ class ModelSettings:
         dtype: compute dtype, "float32" or "bfloat16".
         param_dtype: dtype in which the frozen backbone is held.
         attention: "xla", "cudnn" (NVIDIA GPUs, 16 bits), or "auto", see training/attention_choice.py.
-        remat: rematerialisation policy by name, see core/stack.py.
+        remat: rematerialisation policy by name, see core/stack.py, or "auto", by the device's memory, see training/remat_choice.py.
         unroll: layers per turn of the loop over layers.
     """
 
@@ -211,7 +211,7 @@ class RunSettings:
         checkpoint_every_steps: steps between saves inside a phase.
         log_every_steps: steps between log lines.
         tensorboard: whether event files are written.
-        compilation_cache: folder of the persistent compile cache; "" switches it off.
+        compilation_cache: folder of the persistent compile cache; "" has none, "auto" has one in the user's cache folder on accelerators.
     """
 
     seed: int = 0
@@ -221,7 +221,7 @@ class RunSettings:
     checkpoint_every_steps: int = 500
     log_every_steps: int = 20
     tensorboard: bool = True
-    compilation_cache: str = ""
+    compilation_cache: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ def check_settings(settings: Any) -> None:
         (model.attention != "cudnn" or model.dtype != "float32", "model.attention", repr(model.attention),
          "computes in 16 bits only; set config.model.dtype=bfloat16, or attention=xla"),
         _one_of("model.preset", model.preset, ("", *PRESETS)),
-        _one_of("model.remat", model.remat, tuple(REMAT_POLICIES)),
+        _one_of("model.remat", model.remat, ("auto", *REMAT_POLICIES)),
         _at_least("model.unroll", model.unroll, 1),
         _one_of("data.benchmark", data.benchmark, ("embedded", "coin")),
         (bool(data.root), "data.root", repr(data.root), "name the folder that holds playground/ and cl_dataset/"),

@@ -23,6 +23,13 @@ from proglora_jax.training.processes import FAILED, FLAG
 from proglora_jax.training.settings import TrainSettings
 
 Batch = Mapping[str, jax.Array]
+Remat = str | Mapping[int, str]
+"""A rematerialisation policy by name, or one for each padded length."""
+
+
+def policy_at(remat: Remat, batch: Batch) -> str:
+    """The policy for a batch."""
+    return remat if isinstance(remat, str) else remat[batch["tokens"].shape[1]]
 
 
 def embed_batch(llava: Any, params: PyTree, batch: Batch) -> jax.Array:
@@ -78,7 +85,7 @@ def _see(llava, method, params, memory, features, batch, stage, gates, known) ->
 
 
 def batch_losses(
-    llava: Any, method: Method, remat: str, params: PyTree, memory: PyTree, batch: Batch, scale: jax.Array, control: PyTree, share: float,
+    llava: Any, method: Method, remat: Remat, params: PyTree, memory: PyTree, batch: Batch, scale: jax.Array, control: PyTree, share: float,
     phase: Phase = Phase(),
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss of some rows of a batch.
@@ -86,7 +93,7 @@ def batch_losses(
     Args:
         llava: the frozen backbone.
         method: the method.
-        remat: rematerialisation policy.
+        remat: rematerialisation policy, see `Remat`.
         params: all parameters of the state.
         memory: the method's memory.
         batch: rows of a Batch.
@@ -118,15 +125,15 @@ def batch_losses(
     return (ce + share * extra, {"ce": ce} | logged) if phase.cross_entropy else (share * extra, logged)
 
 
-def _label_pass(llava: Any, method: Method, remat: str, params: PyTree, gates: PyTree, x: jax.Array, batch: Batch, key: Any) -> Pass:
+def _label_pass(llava: Any, method: Method, remat: Remat, params: PyTree, gates: PyTree, x: jax.Array, batch: Batch, key: Any) -> Pass:
     """The backbone with the method's adapter on embeddings x[B, T, D]; scores at the label positions."""
-    states = llava.decode(x, adapter=method.adapter(params, gates, key), remat=remat).hidden
+    states = llava.decode(x, adapter=method.adapter(params, gates, key), remat=policy_at(remat, batch)).hidden
     hidden = losses.gather_positions(states, batch["label_index"])  # [B, K, D]
     return Pass(states, hidden, llava.logits(hidden))
 
 
 def make_train_step(
-    method: Method, train: TrainSettings, remat: str, separate_replay: bool, mesh: Mesh, phase: Phase = Phase()
+    method: Method, train: TrainSettings, remat: Remat, separate_replay: bool, mesh: Mesh, phase: Phase = Phase()
 ) -> Callable:
     """The training step of a kind of phase in a whole sequence: compiled once, since stage, step and learning rates are arguments.
 

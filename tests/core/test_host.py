@@ -1,4 +1,4 @@
-"""Freed memory stays with the process on CPU hosts: page faults of a repeated large allocation, in processes of their own."""
+"""Freed memory stays with the process on CPU hosts: page faults of a repeated allocation; and where compiled programs are kept."""
 
 from __future__ import annotations
 
@@ -48,3 +48,17 @@ def test_hosts_of_accelerators_are_left_alone(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(host, "_ACCELERATORS", ("/dev/nul*",))
     assert host.keep_freed_memory() is False
+
+
+def test_compiled_programs_are_kept_on_accelerators(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert host.compiled_folder("auto", "cpu") == "" == host.compiled_folder("", "gpu")
+    assert host.compiled_folder("auto", "gpu") == host.compiled_folder("auto", "tpu") == str(tmp_path / "proglora_jax" / "compiled")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert host.compiled_folder("auto", "gpu") == str(tmp_path / ".cache" / "proglora_jax" / "compiled")
+    assert host.compiled_folder("~/programs", "cpu") == str(tmp_path / "programs")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    assert host.compiled_folder("auto", "gpu") == "", "JAX's own variable goes before the default"
+    assert host.compiled_folder("here", "gpu").endswith("/here")

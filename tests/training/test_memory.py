@@ -19,9 +19,9 @@ GB = 1e9
 
 
 def settings_of(**changes) -> Settings:
-    """configs/coin.py with changes {"section__field": value}; one micro-batch."""
+    """configs/coin.py with changes {"section__field": value}; one micro-batch, the remat policy "qkvo_mlp"."""
     values = tiny_run.config_module("coin").get_config("").to_dict()
-    values["data"]["root"], values["train"]["micro_batches"] = "somewhere", 1
+    values["data"]["root"], values["train"]["micro_batches"], values["model"]["remat"] = "somewhere", 1, "qkvo_mlp"
     for name, value in changes.items():
         section, field = name.split("__")
         values[section][field] = value

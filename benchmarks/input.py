@@ -1,0 +1,143 @@
+"""Input: images a second and core from JPEG to pixels, and how long a training loop waits for its batches.
+
+    python benchmarks/input.py              both
+    python benchmarks/input.py --no-loop    images only; their rate is of CPU time, so other programs disturb it little
+
+Images are drawn: smooth colours with noise, which compress like photos (the table says how large they are). The loop is one task of
+configs/coin_mini.py as the main job runs it, once decoding each image anew and once from the cache of decoded images; what counts is the
+time between asking for a batch and having it, from the third step on. Results: benchmarks/results/input.json and input.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from proglora_jax.data.images import ImageLoader, ImageSpec, open_rgb, prepare_pixels
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SIZES = ((640, 480), (1024, 768))
+SKIP = 2
+"""Steps of a loop that are not counted: they compile."""
+
+
+def main() -> None:
+    """Measures, and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--no-loop", action="store_true", help="leave the training loop out")
+    parser.add_argument("--images", type=int, default=64, help="of each size")
+    parser.add_argument("--steps", type=int, default=100, help="of the loop")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        images = [image_rates(Path(folder), size, arguments.images) for size in SIZES]
+        caches = () if arguments.no_loop else (0, 256)
+        loops = [loop_stall(Path(folder) / f"run_{cache}", Path(folder) / "data", cache, arguments.steps) for cache in caches]
+    write({"images": images, "loops": loops, "cores": len(os.sched_getaffinity(0))}, arguments.out)
+
+
+def draw(folder: Path, size: tuple[int, int], count: int) -> list[str]:
+    """Photo-like JPEGs of quality 90: a few smooth waves a channel, and noise."""
+    width, height = size
+    rng, y, x = np.random.default_rng(0), np.arange(height)[:, None, None] / height, np.arange(width)[None, :, None] / width
+    paths = []
+    for index in range(count):
+        waves = sum(rng.uniform(10, 60, 3) * np.sin(rng.uniform(1, 12, 3) * x + rng.uniform(1, 12, 3) * y + rng.uniform(0, 6, 3))
+                    for _ in range(5))
+        pixels = np.clip(128 + waves + rng.normal(0, 5, (height, width, 1)), 0, 255).astype(np.uint8)
+        paths.append(str(folder / f"{width}_{index}.jpg"))
+        Image.fromarray(pixels).save(paths[-1], quality=90)
+    return paths
+
+
+def image_rates(folder: Path, size: tuple[int, int], count: int) -> dict:
+    """Milliseconds of CPU time an image: to open and decode, to pad and resize, to normalise; and images a second with a thread a core."""
+    paths, spec = draw(folder, size, count), ImageSpec(336)
+    loader = ImageLoader(spec)
+    parts: dict[str, list[float]] = {"decode": [], "resize": [], "normalise": []}
+    for path in paths:
+        marks = [time.process_time()]
+        image = open_rgb(path)
+        image.load()
+        marks.append(time.process_time())
+        pixels = prepare_pixels(image, spec.size, "pad", spec.background, spec.resample)
+        marks.append(time.process_time())
+        spec.normalise(pixels)
+        marks.append(time.process_time())
+        for name, begin, end in zip(parts, marks, marks[1:]):
+            parts[name].append(1e3 * (end - begin))
+    began, cpu = time.perf_counter(), time.process_time()
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(loader, paths))
+    wall, spent = time.perf_counter() - began, time.process_time() - cpu
+    medians = {f"{name}_ms": statistics.median(values) for name, values in parts.items()}
+    return {"width": size[0], "height": size[1], "file_kb": statistics.mean(map(os.path.getsize, paths)) / 1e3, **medians,
+            "per_s_and_core": count / spent, "per_s": count / wall}
+
+
+def loop_stall(workdir: Path, root: Path, cache_mb: int, steps: int) -> dict:
+    """Runs one task of the embedded benchmark and notes when the loop asked for each batch and when it had it."""
+    from proglora_jax import main as job
+    from proglora_jax.data.pipeline import TrainIterator
+    from proglora_jax.training.config_file import load_config
+
+    asked: list[float] = []
+    had: list[float] = []
+    original = TrainIterator.__next__
+
+    def noted(self):
+        asked.append(time.perf_counter())
+        batch = original(self)
+        had.append(time.perf_counter())
+        return batch
+
+    flags = {"data.root": root, "data.tasks": "TextVQA", "data.image_cache_mb": cache_mb, "train.max_steps": steps,
+             "evaluate.subset_size": 1, "evaluate.batch_size": 1, "run.tensorboard": False}  # fmt: skip
+    config = load_config(f"{ROOT / 'configs/coin_mini.py'}:method=lora", [f"--config.{name}={value}" for name, value in flags.items()])
+    TrainIterator.__next__ = noted
+    try:
+        job.run(config, workdir)
+    finally:
+        TrainIterator.__next__ = original
+    return {"image_cache_mb": cache_mb, "steps": len(had) - SKIP} | stall(asked, had)
+
+
+def stall(asked: list[float], had: list[float]) -> dict[str, float]:
+    """Share of the time between the first counted batch and the last that was spent waiting, and milliseconds of a step and of a wait."""
+    waits = [end - begin for begin, end in zip(asked[SKIP + 1 :], had[SKIP + 1 :])]
+    whole = had[-1] - had[SKIP]
+    return {"stall": sum(waits) / whole, "step_ms": 1e3 * whole / len(waits), "wait_ms": 1e3 * statistics.median(waits)}
+
+
+def write(found: dict, folder: Path) -> None:
+    """The numbers, and the tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "input.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    command = f"`python benchmarks/input.py{'' if found['loops'] else ' --no-loop'}`"
+    lines = ["# Input: images and waiting", "", f"{command}, {found['cores']} cores.", "",
+             "| JPEG | KB | decode, ms | pad and resize to 336, ms | normalise, ms | images a second and core | images a second |",
+             "|---|---:|---:|---:|---:|---:|---:|"]
+    lines += [f"| {one['width']}x{one['height']} | {one['file_kb']:.0f} | {one['decode_ms']:.2f} | {one['resize_ms']:.2f} | "
+              f"{one['normalise_ms']:.2f} | {one['per_s_and_core']:.0f} | {one['per_s']:.0f} |" for one in found["images"]]
+    lines += ["", "Milliseconds are of CPU time, medians; the rate a core is of CPU time, with a thread on each core."]
+    if found["loops"]:
+        lines += ["", "| training loop of coin_mini | steps | step, ms | median wait, ms | share of the time that is waiting |",
+                  "|---|---:|---:|---:|---:|"]
+        lines += [f"| {'decodes every time' if not one['image_cache_mb'] else 'images cached'} | {one['steps']} | {one['step_ms']:.1f} | "
+                  f"{one['wait_ms']:.2f} | {one['stall']:.2%} |" for one in found["loops"]]
+    (folder / "input.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
