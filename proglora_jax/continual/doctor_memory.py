@@ -104,8 +104,7 @@ class MemoryPlan:
     def _capacities(self) -> str:
         """Rows that fit at once on common devices, for the smallest bucket."""
         bucket = self.settings.data.buckets[0]
-        plan = dataclasses.replace(self, settings=self.settled(bucket))
-        cells = [f"{size} GB: {most_rows(plan, bucket, 1e9 * size)}" for size in SIZES_GB]
+        cells = [f"{size} GB: {most_rows(self, bucket, 1e9 * size)}" for size in SIZES_GB]
         return f"rows that fit at once at {bucket[0]} positions, by the device's memory: {', '.join(cells)}"
 
     def warnings(self) -> list[str]:
@@ -187,8 +186,8 @@ class MemoryPlan:
 
 def most_rows(plan: MemoryPlan, bucket: tuple[int, int], limit: float) -> int:
     """Most rows at once that a device of `limit` bytes trains on a bucket's shape; 0 where not even one fits."""
-    need = lambda rows: memory.total(
-        memory.training_memory(plan.settings, plan.llava, plan.stage, Load(rows, *bucket), plan.mesh))
+    settings = plan.settled(bucket)
+    need = lambda rows: memory.total(memory.training_memory(settings, plan.llava, plan.stage, Load(rows, *bucket), plan.mesh))
     none, one = need(0), need(1)
     return max(0, int((memory.USABLE * limit - none) / (one - none)))  # every part is held once or grows with the rows
 

@@ -132,18 +132,26 @@ def test_the_published_models_need_neither_weights_nor_data(name):
     [(1, 80, ""), (1, 24, "batches=mcitlib64"), (2, 40, "backbone=llava15_13b"), (8, 24, "batches=coin_scripts,backbone=llava15_13b")],
 )
 def test_advice_fits_when_it_is_followed(devices, memory_gb, argument):
-    machine = Machine(devices=devices, memory_gb=memory_gb)
-    before = advice(diagnose(load_config(f"{COIN}:{argument}"), machine))
+    machine, named = Machine(devices=devices, memory_gb=memory_gb), ["--config.model.remat=qkvo_mlp"]
+    before = advice(diagnose(load_config(f"{COIN}:{argument}", named), machine))
     assert any(line.startswith("training needs") for line in before)
-    flags = [flag for line in before for flag in re.findall(r"--config\.\S+", line)]
+    flags = [*named, *(flag for line in before for flag in re.findall(r"--config\.\S+", line))]
     after = advice(diagnose(load_config(f"{COIN}:{argument}", flags), machine))
     assert not any(line.startswith(("training needs", "answering needs")) for line in after), after
 
 
-def test_cutting_rows_comes_last():
-    (line,) = [line for line in advice(diagnose(load_config(f"{COIN}:backbone=llava15_13b"), Machine(devices=2, memory_gb=40)))
+def test_the_policy_is_chosen_before_anything_is_advised():
+    (line,) = [line for line in advice(diagnose(load_config(f"{COIN}:batches=mcitlib64"), Machine(devices=1, memory_gb=24)))
                if line.startswith("training needs")]
-    assert re.search(r"max_length=\d+ .*buckets=\(\(704,128\).* --config.model.remat=full .*mesh.fsdp=2", line)
+    assert "--config.train.micro_batches=" in line and "remat" not in line
+
+
+@pytest.mark.parametrize("named", ["qkvo_mlp", "auto"])
+def test_cutting_rows_comes_last(named):
+    config = load_config(f"{COIN}:backbone=llava15_13b", [f"--config.model.remat={named}"])
+    (line,) = [line for line in advice(diagnose(config, Machine(devices=2, memory_gb=40))) if line.startswith("training needs")]
+    flag = "" if named == "auto" else "--config.model.remat=full "
+    assert re.search(rf"max_length=\d+ .*buckets=\(\(704,128\).* {flag}.*mesh.fsdp=2", line)
     longer = advice(diagnose(load_config(COIN), Machine(devices=1, memory_gb=80)))
     assert not any("max_length" in line for line in longer)
 
