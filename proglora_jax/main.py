@@ -71,13 +71,14 @@ def main(argv: list[str]) -> None:
 
 def _run_flags(config: dict[str, Any]) -> None:
     # Imported here: --help and a mistyped flag should not wait for jax.
-    from proglora_jax.core.host import keep_freed_memory
+    from proglora_jax.core import host
     from proglora_jax.training.console import setup_console
     from proglora_jax.training.loop import Stopped
     from proglora_jax.training.processes import join, leave_together
 
     setup_console()
-    keep_freed_memory()
+    host.keep_freed_memory()
+    host.compile_quickly()
     join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)
     command = " ".join(shlex.quote(arg) for arg in ["python", "-m", "proglora_jax.main", *sys.argv[1:]])
     stopped = False
