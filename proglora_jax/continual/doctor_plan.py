@@ -15,6 +15,21 @@ from proglora_jax.training.settings import Settings, batch_size_of
 
 
 @dataclasses.dataclass(frozen=True)
+class PlannedPhase:
+    """A training phase that runs the language model.
+
+    Attributes:
+        batch: rows of a step.
+        steps: of the phase.
+        shapes: the method's state as it begins.
+    """
+
+    batch: int
+    steps: int
+    shapes: shapes.StageShapes
+
+
+@dataclasses.dataclass(frozen=True)
 class PlannedStage:
     """What a stage will do.
 
@@ -23,9 +38,8 @@ class PlannedStage:
         name: what it is called.
         train_rows: own rows; 0 where nothing trains.
         replayed: rows of earlier tasks, at most (as if no two tasks were alike).
-        batch: rows of a step.
-        steps: of all phases that run the model; those on stored features cost next to nothing.
-        rows_passed: rows of all these steps.
+        batch: rows of a step of the first phase.
+        phases: those that run the model; those on stored features cost next to nothing.
         questions: asked afterwards.
         shapes: the method's state.
     """
@@ -35,10 +49,19 @@ class PlannedStage:
     train_rows: int
     replayed: int
     batch: int
-    steps: int
-    rows_passed: int
+    phases: tuple[PlannedPhase, ...]
     questions: int
     shapes: shapes.StageShapes
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def rows_passed(self) -> int:
+        """Rows of all these steps."""
+        return sum(phase.steps * phase.batch for phase in self.phases)
 
 
 def planned_stages(settings: Settings, llava: Llava, mesh: Any) -> list[PlannedStage]:
@@ -88,16 +111,16 @@ def steps_of(settings: Settings, rows: int, replay: Replay | None, replayed: int
 
 
 def _planned(settings: Settings, stage: Stage, own: int, sizes: list[int], asked: int, state: shapes.StageShapes) -> PlannedStage:
-    phases = settings.method.phases(state.info)
-    if not phases:
-        return PlannedStage(stage.number, stage.name, 0, 0, 0, 0, 0, asked, state)
+    if not state.phases:
+        return PlannedStage(stage.number, stage.name, 0, 0, 0, (), asked, state)
     replay = settings.method.replay(state.info)
     replayed = sum(min(count, size) for count, size in zip(replay.counts, sizes)) if replay else 0
     batch = batch_size_of(settings.train, stage.name)
-    cut = [(phase.batch_size or batch, phase.epochs) for phase in phases if not phase.features]
-    steps = [steps_of(settings, own, replay, replayed, size, epochs) for size, epochs in cut]
-    if not all(steps):
+    phases = []
+    for one in (one for one in state.phases if not one.phase.features):
+        size = one.phase.batch_size or batch
+        phases.append(PlannedPhase(size, steps_of(settings, own, replay, replayed, size, one.phase.epochs), one))
+    if not all(phase.steps for phase in phases):
         raise UserError(f"config.train.batch_size={batch}: the stage {stage.name} has only {own} rows; lower it or set "
                         "config.data.remainder=wrap")
-    passed = sum(count * size for count, (size, _) in zip(steps, cut))
-    return PlannedStage(stage.number, stage.name, own, replayed, batch, sum(steps), passed, asked, state)
+    return PlannedStage(stage.number, stage.name, own, replayed, batch, tuple(phases), asked, state)

@@ -83,7 +83,7 @@ def _train_stage(
         session.settings.train.projector_init_per_task, state.params["mm_projector"], initial.params["mm_projector"], stage.index, seed)
     state = method.start_task(dataclasses.replace(state, params=state.params | {"mm_projector": projector}), info, probe)
     mask = check_contract(method, before.state if before else None, state, info)
-    counts = _announce(session, stage, stages, state, mask, alike)
+    counts = _announce(session, stage, stages, shapes.StageShapes(info, state, mask), alike)
 
     # ---- phases
     if own:
@@ -119,15 +119,14 @@ def _similarity(
     return embedding, similarity.similarities(earlier, embedding, session.settings.similarity.clamp), encoders.fingerprint
 
 
-def _announce(session: Session, stage: Stage, stages: tuple[Stage, ...], state: CLState, mask, alike: np.ndarray) -> dict[str, int]:
+def _announce(session: Session, stage: Stage, stages: tuple[Stage, ...], begun: shapes.StageShapes, alike: np.ndarray) -> dict[str, int]:
     """Prints what trains and what rests; returns the trainable parameters by group."""
-    base = session.llava.to_tree()
-    table = shapes.describe_parameters(state.params, mask, base, stage.index)
+    table = shapes.describe_parameters(session.method, begun, session.llava.to_tree())
     session.logger.message(f"\nstage {stage.number + 1} of {len(stages)}: {stage.name} with {session.method.name}\n{table}")
     if np.isfinite(alike).any():
         listed = ", ".join(f"{session.tasks[i]} {value:.3f}" for i, value in enumerate(alike))
         session.logger.message(f"similarity to the tasks before, by {session.settings.similarity.encoders}: {listed}")
-    return shapes.trainable_counts(state.params, mask)
+    return shapes.trainable_counts(begun.state.params, begun.mask)
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
