@@ -47,6 +47,7 @@ def export_dynamic(
     stage: str | None = None,
     base: str | None = None,
     verify: bool | None = None,
+    tolerance: float = torch_check.TOLERANCE,
     log: Callable[[str], None] = print,
 ) -> None:
     """Writes all blocks of a stage with what gates them, and the torch module that generates the same tokens as ours.
@@ -57,12 +58,14 @@ def export_dynamic(
         stage: see `trained.open_trained`.
         base: folder of the backbone, where it is not where the run found it.
         verify: see `export.export_adapter`; gates, logits and generated tokens are compared.
+        tolerance: see there.
         log: takes a line of text.
 
     Raises:
         UserError: as `trained.open_trained`; "<stage>: <why the method's gates cannot be exported>; ..."; "<out>: is not empty ...";
             "<backbone>: transformers does not read the layout of original LLaVA; ..."; as `torch_check_gates.compare_dynamic`.
     """
+    torch_check.check_tolerance(tolerance)
     check_free(out)
     trained = open_trained(workdir, stage)
     try:
@@ -82,7 +85,7 @@ def export_dynamic(
         atomic_write_json(partial / RECORD, record(trained, kind="dynamic", task=None, block=None))
         log(f"{trained.method.name}, stage {trained.folder.name}: {len(names)} blocks of rank {trained.method.rank} and their gates "
             f"({', '.join(names)})")
-        log(torch_check.checked(verify, lambda: compare_dynamic(trained, source, partial)))
+        log(torch_check.checked(verify, lambda: compare_dynamic(trained, source, partial, tolerance)))
     log(f"wrote {out}; {MODULE} in it says how to use it")
 
 

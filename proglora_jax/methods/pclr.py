@@ -124,8 +124,7 @@ class PCLR(Method):
         try:
             return rank_pool.schedule([self.new_ranks(index) for index in range(total)], self.capacity, self.progressive)
         except ValueError as error:
-            hint = "the paper's is 4 times rank and 8 times narrow_ranks"
-            raise UserError(f"config.method.capacity={self.capacity}: {error}; {hint}") from error
+            raise UserError(f"config.method.capacity={self.capacity}: {error}; the paper's is 4 x rank and 8 x narrow_ranks") from error
 
     # ---- state
 
@@ -138,8 +137,7 @@ class PCLR(Method):
             draw = lambda name, count: lowrank.init_block(trees.named_generator(seed, name, 0), where, count, self.a_init)  # noqa: B023
             ranks = {"block": draw(f"{prefix}block", self.rank), "shared": draw(f"{prefix}shared", self.shared_ranks),
                      "pool": lowrank.empty_pool(where, size, 1)}
-            # The projector has no axis of layers.
-            ranks = jax.tree.map(lambda leaf: leaf[0], ranks) if prefix else ranks
+            ranks = jax.tree.map(lambda leaf: leaf[0], ranks) if prefix else ranks  # the projector has no axis of layers
             params |= {prefix + name: leaf for name, leaf in ranks.items()}
         widths = {"text": targets.width, "image": projector["linear_1"]["kernel"].shape[0]}
         room = lambda count: {kind: jnp.zeros((targets.layers + 1, count, width), jnp.float32) for kind, width in widths.items()}
@@ -163,8 +161,8 @@ class PCLR(Method):
         if self.near_from and info.index + 1 >= self.near_from and count >= self.rank:
             score = self._scores(params, {kind: keys.unit(mean)[None] for kind, mean in query.items()})[:, 0]  # [L + 1, C]
             places = jax.lax.top_k(jnp.where(jnp.arange(score.shape[-1]) < count, jnp.round(score, keys.DIGITS), -jnp.inf), self.rank)[1]
-            fresh |= {"block": rank_pool.gather(params["pool"], places[:-1])}
-            fresh |= {"projector_block": rank_pool.gather(params["projector_pool"], places[-1])}
+            gather = lambda name, where: rank_pool.gather(params[name], where)
+            fresh |= {"block": gather("pool", places[:-1]), "projector_block": gather("projector_pool", places[-1])}
         elif info.index:
             for name in ("block", "projector_block"):
                 fresh[name] = lowrank.init_like(trees.named_generator(info.seed, name, info.index), params[name], self.a_init)
@@ -213,7 +211,8 @@ class PCLR(Method):
 
     def _scores(self, params: PyTree, query: PyTree) -> jax.Array:
         """f32[L + 1, B, C] scores of the pool's ranks against unit queries."""
-        return keys.rank_scores(query["text"], query["image"], params["keys"]["text"], params["keys"]["image"], self.image_weight_of(params))
+        own = params["keys"]
+        return keys.rank_scores(query["text"], query["image"], own["text"], own["image"], self.image_weight_of(params))
 
     def queries(self, inputs: GateInputs) -> dict[str, jax.Array]:
         """{"text": f32[B, D], "image": f32[B, Dv]} unit queries of a batch; BOS counts as text."""
@@ -236,7 +235,8 @@ class PCLR(Method):
         return {"pool": self.scale * chosen[:, :, None], "shared": self._shared(params, memory)}
 
     def _shared(self, params: PyTree, memory: PyTree) -> jax.Array:
-        return jnp.full((params["keys"]["text"].shape[0], 1, 1, lowrank.ranks_of(params["shared"])), self.alpha / self.shared_ranks) * memory["sharing"]
+        gate = self.alpha / self.shared_ranks * memory["sharing"]
+        return jnp.full((params["keys"]["text"].shape[0], 1, 1, lowrank.ranks_of(params["shared"])), gate)
 
     def gates(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> PyTree:
         """Which ranks are on: by phase in training, at test the best of all for each sample."""
@@ -326,8 +326,8 @@ class PCLR(Method):
 
     def fill(self, params: PyTree, info: TaskInfo) -> dict[str, str]:
         """The ranks that the tasks before left."""
-        text = f"{self.turns(info.total)[info.index].before} of {lowrank.ranks_of(params['pool'])} ranks filled"
-        return dict.fromkeys(("pool", "projector_pool"), text)
+        before, size = self.turns(info.total)[info.index].before, lowrank.ranks_of(params["pool"])
+        return dict.fromkeys(("pool", "projector_pool"), f"{before} of {size} ranks filled")
 
     def stored_parameters(self, state: CLState, info: TaskInfo) -> int:
         """Old ranks that no compression dropped, the task's own, and the shared ones from the first integration on; projector's too."""
