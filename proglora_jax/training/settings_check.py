@@ -43,6 +43,7 @@ def check_settings(settings: Any) -> None:
         _one_of("data.template", data.template, tuple(TEMPLATES)),
         _one_of("data.grouping", data.grouping, GROUPINGS),
         _one_of("data.remainder", data.remainder, ("drop", "wrap")),
+        _one_of("data.on_bad_record", data.on_bad_record, ("stop", "skip_and_count")),
         _one_of("data.on_bad_image", data.on_bad_image, ("raise", "blank")),
         _one_of("data.on_unsupervised", data.on_unsupervised, ("raise", "drop")),
         _one_of("data.empty_answer", data.empty_answer, ("drop", "eos")),

@@ -101,6 +101,8 @@ def test_files_that_cannot_be_read(root):
         ("GQA", "test", set_value(2, "text", 7), "schema", "no 'text'"),
         ("Grounding", "test", set_value(2, "answer_bbox", "[0.1, NaN, 0.5, 0.5]"), "box", "must be four numbers between 0 and 1"),
         ("Grounding", "test", set_value(2, "answer_bbox", "[0.1, 0.2, 0.5, 40]"), "box", "must be four numbers between 0 and 1"),
+        ("Grounding", "train", set_value(2, "conversations", conversation(("<image>\nq", "[0.1, NaN, 0.5, 0.5]"))), "box",
+         "answer of turn 0: box '[0.1, NaN, 0.5, 0.5]' must be four numbers between 0 and 1"),
         ("Grounding", "test", set_value(2, "size", [0, 5]), "schema", "'size' must be [width, height] in pixels"),
     ],
 )
@@ -126,7 +128,7 @@ def test_boxes_that_are_read_but_wrong(root):
     edit(root, "Grounding", "test", swap)
     edit(root, "Grounding", "train", misteach)
     findings = check(root, "Grounding")
-    assert findings.counts == {"box": 3} and not any(problem.stops for problem in findings.problems)
+    assert findings.counts == {"box": 3} and [problem.stops for problem in findings.problems] == [True, False, False]
     first, second, third = (problem.sentence for problem in findings.problems)
     assert "record 0" in first and "answer of turn 1: box '[12, 40, 200, 310]' must be four numbers" in first
     assert "record 4" in second and "has no area" in second

@@ -81,7 +81,7 @@ class RecordChecker:
             return seen
         for example, position in zip(scan.records, scan.positions):
             seen.add(example, position, self.uses, [human for human, _ in example.turns])
-            if example.task == "Grounding":
+            if data.answers_are_boxes:
                 self._check_answer_boxes(example, seen.path, position)
             if self._encoder is None and not any(gpt.strip() for _, gpt in example.turns):
                 self.findings.add("unsupervised", seen.path, "no answer that is not empty", position, example.id)
@@ -140,7 +140,7 @@ class RecordChecker:
                 self.findings.add("count", seen.path, f"{problem}; download it again, or give --counts any for a set of your own")
 
     def _check_answer_boxes(self, example: Example, path: str, position: int) -> None:
-        """Training learns boxes as text, so nothing else would ever notice a bad one."""
+        """What the reader lets pass: answers without a box in brackets, and boxes without area."""
         for number, (_, gpt) in enumerate(example.turns):
             try:
                 reason = _no_area(parse_box(gpt)) if gpt.strip() else ""
