@@ -41,7 +41,7 @@ _STOPPED_CODE = flags.DEFINE_integer(
 _FREE = {
     "run.log_every_steps", "run.checkpoint_every_steps", "run.tensorboard", "run.compilation_cache", "run.isolated_results",
     "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_record", "data.on_bad_image", "data.buckets",
-    "evaluate.batch_size", "evaluate.prompt_lengths", "mesh.data", "mesh.fsdp", "mesh.model",
+    "evaluate.batch_size", "evaluate.prompt_lengths", "evaluate.also_image_mode", "mesh.data", "mesh.fsdp", "mesh.model",
     # The hashes of the files in every stage say whether they are the same.
     "model.vision_path", "model.projector_path", "similarity.vit_path", "similarity.bert_path",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from proglora_jax.continual.answering import other_images
 from proglora_jax.continual.stages import Stage, plan_stages
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.tasks import ORDERS, TASKS, task_order
@@ -40,7 +41,7 @@ class PlannedStage:
         replayed: rows of earlier tasks, at most (as if no two tasks were alike).
         batch: rows of a step of the first phase.
         phases: those that run the model; those on stored features cost next to nothing.
-        questions: asked afterwards.
+        questions: asked afterwards, with images in another way as well where the config says so.
         shapes: the method's state.
     """
 
@@ -79,7 +80,7 @@ def planned_stages(settings: Settings, llava: Llava, mesh: Any) -> list[PlannedS
         states = [next(shapes.abstract_stages(settings.method, llava, [stage.name], [size], mesh)) for stage, size in zip(stages, rows)]
     else:
         states = list(shapes.abstract_stages(settings.method, llava, [stage.name for stage in stages], rows, mesh))
-    asked = [questions(settings, name) for name in tasks]
+    asked = [questions(settings, name) * (2 if other_images(settings, name) else 1) for name in tasks]
     return [_planned(settings, stage, own, sizes, sum(asked[task] for task in stage.evaluate), state)
             for stage, own, state in zip(stages, rows, states)]
 

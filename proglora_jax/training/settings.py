@@ -153,6 +153,8 @@ class EvalSettings:
         max_new_tokens: cap on an answer; 0 takes each task's own from the table.
         prompt_lengths: prompt positions that batches are padded to, image included, in growing order.
         image_mode: "coin" (centre crop where CoIN's scripts crop) or "pad" (as in training).
+        also_image_mode: the other one, to ask every task whose images it prepares otherwise once more and to report both; "" for none.
+            A finished run to which it is added is only asked.
         subset_size: questions per task, chosen by a stable hash; 0 takes all.
         subset_seed: seed of that choice.
         imagenet_empty_ok: an empty ImageNet answer counts as right in the mode "coin", as in CoIN's script.
@@ -163,6 +165,7 @@ class EvalSettings:
     max_new_tokens: int = 0
     prompt_lengths: tuple = (704, 1024, 2048)
     image_mode: str = "coin"
+    also_image_mode: str = ""
     subset_size: int = 0
     subset_seed: int = 0
     imagenet_empty_ok: bool = True

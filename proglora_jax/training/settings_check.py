@@ -66,6 +66,7 @@ def check_settings(settings: Any) -> None:
         (_is_whole(evaluate.prompt_lengths), "evaluate.prompt_lengths", evaluate.prompt_lengths,
          "must be a list of whole numbers"),
         _one_of("evaluate.image_mode", evaluate.image_mode, ("coin", "pad")),
+        _one_of("evaluate.also_image_mode", evaluate.also_image_mode, ("", *({"coin", "pad"} - {evaluate.image_mode}))),
         *(_at_least(f"evaluate.{name}", getattr(evaluate, name), least) for name, least in {
             "batch_size": 1, "max_new_tokens": 0, "subset_size": 0, "subset_seed": 0}.items()),
         _one_of("similarity.encoders", settings.similarity.encoders, ("backbone", "vit_bert")),

@@ -84,6 +84,11 @@ def test_phases_have_steps_of_their_own_and_features_cost_none():
     assert stages[3].rows_passed == 72_140 // 96 * 96 + 2 * (72_140 // 48) * 48
 
 
+def test_questions_that_are_asked_in_two_ways_count_twice():
+    _, stages = planned("method=lora", "--config.evaluate.also_image_mode=pad")
+    assert [stage.questions for stage in stages[:3]] == [2 * 4_241, 2 * 4_241 + 5_000, 2 * 4_241 + 5_000 + 2 * 5_050]
+
+
 def test_limits_of_a_config_are_obeyed():
     limits = ("data.train_examples=1000", "evaluate.subset_size=50", "train.epochs=3", "data.tasks=GQA,VizWiz")
     _, stages = planned("method=lora", *(f"--config.{limit}" for limit in limits))
