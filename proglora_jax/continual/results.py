@@ -74,7 +74,8 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
         scored = {task: _read(scores_file(folder, tasks[task])) for task in stage.evaluate}
         if all(score is None for score in scored.values()):
             break
-        again = {task: _read(scores_file(folder, tasks[task], other_images(session.settings, tasks[task]))) for task in stage.evaluate if other}
+        images = {task: other_images(session.settings, tasks[task]) for task in stage.evaluate if other}
+        again = {task: _read(scores_file(folder, tasks[task], way)) for task, way in images.items()}
         for mode in MODES:
             matrix[mode].append(_row(scored, mode))
             if other:
@@ -86,7 +87,7 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
         ceilings |= {name: score["ceiling"]["coin"] for name, score in known.items()}
         meta = _read(folder / FINAL / "meta.json", checksum=False) or {}
         counts.append(meta.get("trainable", {}))
-        twice = [score for task, score in again.items() if score is not None and other_images(session.settings, tasks[task])]
+        twice = [score for task, score in again.items() if score is not None and images[task]]
         spent = sum(score["seconds"] for score in (*known.values(), *twice))
         seconds.append({"train": meta.get("seconds", {}).get("train", 0.0), "evaluate": spent})
     settings = {"learning rate": session.settings.train.learning_rate, "batch size": session.settings.train.batch_size,
