@@ -105,12 +105,13 @@ def module_file() -> pathlib.Path:
 def _write_blocks(trained: Trained, routing: Routing, source: Source, folder: pathlib.Path) -> None:
     """The adapters, the router's tensors, and the projector."""
     method, state = trained.method, trained.state
+    alpha = method.scale * method.rank  # what the blocks ran with, though a method may leave the scale out
     blocks = {f"block_{index:02d}": method.block(state, index) for index in range(method.blocks(state))}
     if routing.shared:
         blocks[SHARED] = routing.shared
     for name, block in blocks.items():
         (folder / name).mkdir()
-        save_adapter(folder / name, jax.tree.map(np.asarray, block), method.alpha, {}, base=str(source.folder), dropout=method.dropout)
+        save_adapter(folder / name, jax.tree.map(np.asarray, block), alpha, {}, base=str(source.folder), dropout=method.dropout)
     write_file(folder / "routing.safetensors", _router_entries(routing))
     write_file(folder / "mm_projector.safetensors", linear_entries(jax.tree.map(np.asarray, state.params["mm_projector"])))
 

@@ -80,6 +80,28 @@ def test_other_ways_to_route(world, tmp_path, fields):
     assert how["routing"]["tokens"] == fields["routing_tokens"] and how["fuse"] == fields.get("fuse", "delta")
 
 
+@pytest.mark.parametrize("fields", [{}, {"weights": "cosine", "use_scale": False}], ids=["softmax", "cosines"])
+def test_mocl_with_its_gates(world, tmp_path, fields):
+    workdir = world.run("mocl", **fields)
+    said = exported(export_dynamic, workdir, tmp_path / "out", verify=True)
+    assert "reloaded in torch: the same" in said and "mocl, stage 01_imagenet: 2 blocks of rank 2 and their gates" in said
+    model = load(tmp_path / "out", world)
+    model.answer([f"Is it red?{WORD}"], None, 2)
+    trained = open_trained(workdir)
+    keys = np.stack([trained.state.params["keys"][0], trained.state.params["key"]])
+    np.testing.assert_array_equal(model.router.keys.numpy(), keys)
+    assert model.gates.sum().item() == pytest.approx(1.0) or fields  # cosines are no shares
+    block = json.loads((tmp_path / "out" / "block_01" / "adapter_config.json").read_text())
+    assert block["lora_alpha"] / block["r"] == trained.method.scale == (1.0 if fields else 2.0)
+
+
+def test_mocl_whose_prompts_gate_each_other_is_refused(world, tmp_path):
+    workdir = world.run("mocl", batch_mean=True)
+    with pytest.raises(UserError, match="mocl with config.method.batch_mean=True gates a prompt by the rows beside it as well; what"):
+        export_dynamic(workdir, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_first_stage_and_each_block_are_adapters_of_peft(world, tmp_path):
     workdir = world.run("proglora_dynamic")
     exported(export_dynamic, workdir, tmp_path / "first", stage="0")
