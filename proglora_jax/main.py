@@ -71,12 +71,13 @@ def main(argv: list[str]) -> None:
 
 def _run_flags(config: dict[str, Any]) -> None:
     # Imported here: --help and a mistyped flag should not wait for jax.
-    from proglora_jax.core.host import keep_freed_memory
+    from proglora_jax.core.host import keep_freed_memory, settle_on_cpu
     from proglora_jax.training.console import setup_console
     from proglora_jax.training.loop import Stopped
     from proglora_jax.training.processes import join, leave_together
 
     setup_console()
+    settle_on_cpu()
     keep_freed_memory()
     join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)
     command = " ".join(shlex.quote(arg) for arg in ["python", "-m", "proglora_jax.main", *sys.argv[1:]])

@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
+from proglora_jax.core.host import settle_on_cpu
 from proglora_jax.data.errors import UserError
 
 
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script proglora-tools."""
+    settle_on_cpu()
     try:
         status = main()
         sys.stdout.flush()
