@@ -110,7 +110,7 @@ def test_records_that_training_refuses(root, task, split, change, kind, words):
     path = edit(root, task, split, change)
     findings = check(root, task)
     sentence = only(findings, kind)
-    assert sentence.startswith(f"{path}: record 2 (id ") and words in sentence and findings.problems[0].stops
+    assert sentence.startswith(f"{path}: record 2 (id ") and words in sentence and findings.problems[0].stops == (split == "test")
     data = load_task(str(root), task)
     with pytest.raises(UserError) as error:
         _ = data.train if split == "train" else data.questions
@@ -128,7 +128,7 @@ def test_boxes_that_are_read_but_wrong(root):
     edit(root, "Grounding", "test", swap)
     edit(root, "Grounding", "train", misteach)
     findings = check(root, "Grounding")
-    assert findings.counts == {"box": 3} and [problem.stops for problem in findings.problems] == [True, False, False]
+    assert findings.counts == {"box": 3} and not any(problem.stops for problem in findings.problems)
     first, second, third = (problem.sentence for problem in findings.problems)
     assert "record 0" in first and "answer of turn 1: box '[12, 40, 200, 310]' must be four numbers" in first
     assert "record 4" in second and "has no area" in second
