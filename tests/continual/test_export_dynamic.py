@@ -22,6 +22,7 @@ from proglora_jax.continual.torch_check_gates import load_module
 from proglora_jax.continual.trained import open_trained
 from proglora_jax.data.batch import INSTRUCTION
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.images import ImageLoader
 from proglora_jax.methods.proglora import ProgLoRADynamic
 from proglora_jax.methods.routing import Routing
 
@@ -65,6 +66,13 @@ def test_the_same_ids_masks_gates_and_answers(world, tmp_path, capsys):
     assert model.blocks == list(ours[0].gates) == ["TextVQA", "ImageNet"] and np.ptp(gates[:, 0]) > 0.01
     alone = [model.answer([text], [image], 6)[0] for text, image in asked[:2]]  # no padding
     assert alone == [answer.answer for answer in ours[:2]]
+    cropped = [answer.answer for answer in predictor(questions, 0, max_new_tokens=6, image_mode="crop")]
+    assert model.answer(*map(list, zip(*asked)), max_new_tokens=6, image_mode="crop") == cropped
+    loader = ImageLoader(predictor.images, "crop")
+    pixels = [loader(path).transpose(2, 0, 1) for path in (first, second, third)]
+    np.testing.assert_allclose(model.prompts(["?"] * 3, [first, second, third], "crop")["pixel_values"], pixels, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="image_mode='fit': choose 'pad' or 'crop'"):
+        model.prompts(["?"], [first], "fit")
     made = model.generate(**batch, max_new_tokens=3, num_beams=2)
     assert made.shape[0] == len(asked) and model.gates.shape == (2 * len(asked), 2)
     with pytest.raises(RuntimeError, match="no gates for these prompts"):
