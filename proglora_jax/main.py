@@ -40,8 +40,8 @@ _STOPPED_CODE = flags.DEFINE_integer(
 # may have to change before a run that stopped with an error can go on must be here, or the work done so far would be lost.
 _FREE = {
     "run.log_every_steps", "run.checkpoint_every_steps", "run.tensorboard", "run.compilation_cache", "run.isolated_results",
-    "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_image", "data.buckets",
-    "evaluate.batch_size", "evaluate.prompt_lengths", "mesh.data", "mesh.fsdp", "mesh.model",
+    "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_record", "data.on_bad_image", "data.buckets",
+    "evaluate.batch_size", "evaluate.prompt_lengths", "evaluate.also_image_mode", "mesh.data", "mesh.fsdp", "mesh.model",
     # The hashes of the files in every stage say whether they are the same.
     "model.vision_path", "model.projector_path", "similarity.vit_path", "similarity.bert_path",
 }
@@ -77,6 +77,7 @@ def _run_flags(config: dict[str, Any]) -> None:
     from proglora_jax.training.processes import join, leave_together
 
     setup_console()
+    host.settle_on_cpu()
     host.keep_freed_memory()
     host.compile_quickly()
     join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)

@@ -169,7 +169,7 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("benchmark written")
-    files = {task: load_task(data.root, task, data.instruction_set) for task in tasks}
+    files = {task: load_task(data.root, task, data.instruction_set, data.on_bad_record) for task in tasks}
     _read_records(files, settings)
     llava = _load(source, settings, mesh)
     logger = RunLogger(workdir, settings.run.log_every_steps, settings.run.tensorboard, resumed, chief=jax.process_index() == 0)

@@ -1,9 +1,11 @@
-"""What the process asks of a host without accelerators: the C library keeps freed memory for the next step, XLA compiles quickly."""
+"""What a process settles with its host before JAX starts: freed memory is kept, XLA compiles quickly, no TPU is sought in vain."""
 
 from __future__ import annotations
 
 import ctypes
 import glob
+import importlib.metadata
+import importlib.util
 import os
 import sys
 
@@ -14,6 +16,28 @@ _SETTINGS = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TO
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 # XLA's flag for options of a backend, which ignores those that it does not know; a flag of its own that a release lacks ends the process.
 _BACKEND_OPTIONS, _OLDER_EMITTERS = "--xla_backend_extra_options", "xla_cpu_disable_new_fusion_emitters"
+
+# Any of these says that somebody has settled where JAX runs, or where its TPU is.
+_NAMED = ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "TPU_LIBRARY_PATH")
+
+
+def settle_on_cpu() -> bool:
+    """Lets JAX take the CPU at once where libtpu is installed but no accelerator is there; call it before JAX is imported.
+
+    libtpu is also the compiler of `tools compile` and of the tests. Without a TPU each start would print its errors (accelerator type and
+    worker hostnames could not be determined) and go on with the CPU. A host counts as one without accelerator if it has no device file of
+    any, no plugin of JAX for another kind is installed, and no variable of the environment names a platform or a TPU.
+
+    Returns:
+        Whether that was done; False elsewhere, where nothing is changed.
+    """
+    if "jax" in sys.modules or any(name in os.environ for name in _NAMED) or importlib.util.find_spec("libtpu") is None:
+        return False
+    plugins = importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(group="jax_plugins")
+    if plugins or not _cpu_only():
+        return False
+    os.environ["JAX_PLATFORMS"] = "cpu"  # processes that this one starts need not look either
+    return True
 
 
 def keep_freed_memory() -> bool:
