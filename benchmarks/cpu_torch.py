@@ -28,21 +28,18 @@ import numpy as np
 import peft
 import torch
 import transformers
+from sides import peers
+from sides.ours import DEVIATION, Ours
+from sides.rows import random_batch
 
 from proglora_jax.checkpoints.hf_import import load_llava
 from proglora_jax.core import host
-from proglora_jax.core import mesh as meshes
-from proglora_jax.core import tree as trees
-from proglora_jax.core.types import CLState
-from proglora_jax.data import batch as codes
-from proglora_jax.training import loop, optim, shapes
+from proglora_jax.models.llava import Llava
 from proglora_jax.training.config_file import load_config
 from proglora_jax.training.settings import Settings, from_config
-from proglora_jax.training.step import make_generator, make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 # Name -> (our method, its fields, blocks, remat).
 CASES = {
     "one LoRA": ("lora", {}, 1, "none"),
@@ -53,7 +50,7 @@ CASES = {
 }
 SAME_FUNCTION = ("lora", "olora")
 RANK, ALPHA, RATE = 16, 32.0, 1e-3
-PROMPT_IDS, IMAGE_ID, LABELS = 5, 3, 8  # the first id of ordinary words; the image's id; supervised tokens a row
+IMAGE_ID, LABELS = 3, 8  # the image's id; supervised tokens a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,110 +101,58 @@ def save_random(shape: Shape, folder: str) -> None:
         vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.heads, max_position_embeddings=2048, rms_norm_eps=1e-5)
     vision = transformers.CLIPVisionConfig(
-        hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=112, patch_size=14, projection_dim=64)
+        hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, image_size=112, patch_size=14,
+        projection_dim=64)
     config = transformers.LlavaConfig(
         text_config=text, vision_config=vision, image_token_index=IMAGE_ID, pad_token_id=0, vision_feature_layer=-2,
         vision_feature_select_strategy="default", image_seq_length=shape.image_tokens)
     transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
 
 
-def rows_of(shape: Shape) -> dict[str, np.ndarray]:
-    """A batch of random words and one image a row, no padding; the last words are the answer."""
-    rng, image = np.random.default_rng(0), np.arange(2, 2 + shape.image_tokens)
-    rows = []
-    for index in range(shape.rows):
-        tokens = rng.integers(PROMPT_IDS, shape.vocabulary, shape.positions).astype(np.int32)
-        segments = np.full(shape.positions, codes.INSTRUCTION, np.int8)
-        tokens[image], segments[image] = IMAGE_ID, codes.IMAGE
-        segments[-LABELS:] = codes.ANSWER
-        picture = rng.normal(size=(112, 112, 3)).astype(np.float32)
-        rows.append(codes.BatchRow(tokens, segments, picture, 0, index))
-    return codes.collate(rows, (shape.positions, LABELS), 0, (112, 112))
-
-
-class Ours:
+class Here:
     """The last stage of a method on the folder's model, with random blocks in its pool."""
 
-    def __init__(self, shape: Shape, folder: str, method: str, fields: dict, blocks: int, remat: str):
-        overrides = {"rank": RANK, "alpha": ALPHA, **fields}
-        flags = [f"--config.method.{name}={value}" for name, value in overrides.items()]
-        flags += [f"--config.train.learning_rate={RATE}", f"--config.train.projector_learning_rate={RATE}",
-                  f"--config.model.remat={remat}", "--config.data.root=unused"]
-        self.settings: Settings = from_config(load_config(f"{ROOT / 'configs/coin_mini.py'}:method={method}", flags))
-        self.mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
-        self.llava = load_llava(folder, np.float32, mesh=self.mesh)
-        method_, train = self.settings.method, self.settings.train
-        llava = shapes.abstract_backbone(self.llava.config, self.settings.model)
-        stage = [*shapes.abstract_stages(method_, llava, [f"task{i}" for i in range(blocks)], [100] * blocks, self.mesh)][-1]
-        rng, host_tree = np.random.default_rng(1), meshes.to_host(self.llava.projector_params())
-        filled = {path: _filled(path, leaf, rng) for path, leaf in trees.flatten(stage.state.params).items()}
-        params = trees.unflatten(filled) | {"mm_projector": host_tree}
-        memory = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stage.state.memory)
-        self.state = CLState(params=params, memory=memory, carry={}, stage=np.int32(blocks - 1))
-        self.trainable, frozen = trees.partition(params, stage.mask)
-        self.frozen, self.memory = meshes.put_replicated((frozen, memory), self.mesh)
-        self.step = make_train_step(method_, train, remat, False, self.mesh)
-        self.generator = make_generator(method_, self.mesh, shape.new_tokens, -1, 0, shape.vocabulary)
-        batch = rows_of(shape) | {"task_id": np.full(shape.rows, blocks - 1, np.int32)}
-        self.batch = meshes.put_batch(batch, self.mesh)
-        self.prompts = meshes.put_batch(batch, self.mesh)
-        self.start()
-
-    def start(self) -> None:
-        """Back to the first step."""
-        self.now = loop.start_phase(self.trainable, self.settings.train, self.mesh)
+    def __init__(self, shape: Shape, llava: Llava, settings: Settings, blocks: int):
+        self.side, rng = Ours(settings, llava.config, blocks), np.random.default_rng(1)
+        self.side.load(llava, lambda path, leaf: rng.normal(0, DEVIATION, leaf.shape).astype(leaf.dtype))
+        batch = random_batch(llava.config, shape.rows, shape.positions, LABELS)
+        self.step, self.generator = self.side.compile_step(shape.rows, (shape.positions, LABELS)), None
+        self.shape, self.batch = shape, self.side.place(batch)
+        self.prompts = self.side.place(random_batch(llava.config, shape.rows, shape.positions, 0))
 
     def train(self) -> float:
         """One step; its loss."""
-        rates = optim.learning_rates(self.settings.train, self.settings.method, 0, 1)
-        control = {
-            "stage": self.state.stage, "step": np.int32(0), "progress": np.float32(0), "key": jax.random.key(0), "running": {},
-            "rates": {name: np.float32(RATE) for name in rates},
-        }  # fmt: skip
-        self.now.trainable, self.now.optimizer, metrics = self.step(
-            self.now.trainable, self.now.optimizer, self.frozen, self.memory, self.llava, self.batch, control)
-        return float(metrics["loss"])
+        return float(self.side.train(self.step, self.batch))
 
     def generate(self) -> np.ndarray:
         """New tokens i32[B, N] after the batch's rows."""
-        params = trees.merge(self.frozen, self.now.trainable)
-        return np.asarray(self.generator(params, self.memory, self.llava, self.prompts, self.state.stage)["tokens"])
+        if self.generator is None:
+            self.generator = self.side.compile_generator(self.shape.rows, self.shape.positions, self.shape.new_tokens)
+        return np.asarray(self.side.generate(self.generator, self.prompts))
 
 
-def _filled(path: str, leaf: jax.ShapeDtypeStruct, rng: np.random.Generator) -> np.ndarray:
-    if path.startswith("block/") and path.endswith("/b"):
-        return np.zeros(leaf.shape, leaf.dtype)
-    return rng.normal(0, 0.02, leaf.shape).astype(leaf.dtype)
+def settings_of(method: str, fields: dict, remat: str) -> Settings:
+    """The embedded model's settings for a case."""
+    overrides = {"rank": RANK, "alpha": ALPHA, **fields}
+    flags = [f"--config.method.{name}={value}" for name, value in overrides.items()]
+    flags += [f"--config.train.learning_rate={RATE}", f"--config.train.projector_learning_rate={RATE}",
+              "--config.train.schedule=constant", "--config.train.warmup_fraction=0.0",
+              f"--config.model.remat={remat}", "--config.data.root=unused"]
+    return from_config(load_config(f"{ROOT / 'configs/coin_mini.py'}:method={method}", flags))
 
 
-class Torch:
+class There:
     """transformers' LLaVA with PEFT's adapters, which hold our blocks; all are active and the last trains."""
 
-    def __init__(self, shape: Shape, folder: str, ours: Ours, blocks: int, remat: str):
-        model = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
-        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, lora_dropout=0.0)
-        self.model = peft.get_peft_model(model, config, adapter_name="block0")
-        for index in range(1, blocks):
-            self.model.add_adapter(f"block{index}", config)
-        self.model.base_model.set_adapter([f"block{index}" for index in range(blocks)])
-        self._copy(ours, blocks)
-        for name, leaf in self.model.named_parameters():
-            leaf.requires_grad_(f".block{blocks - 1}." in name or "multi_modal_projector" in name)
-        if remat == "full":
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            self.model.enable_input_require_grads()
-        self.model.train()
-        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
-        batch = rows_of(shape)
-        tokens = torch.tensor(batch["tokens"], dtype=torch.int64)
-        labels = torch.full_like(tokens, -100)
-        labels[:, -LABELS:] = tokens[:, -LABELS:]
-        self.batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels,
-                      "pixel_values": torch.tensor(batch["image"].transpose(0, 3, 1, 2).copy())}
-        self.new_tokens = shape.new_tokens
+    def __init__(self, shape: Shape, folder: str, here: Here, blocks: int, remat: str):
+        self.model = peers.attach(transformers.LlavaForConditionalGeneration.from_pretrained(folder), blocks, RANK, ALPHA)
+        self._copy(here.side.params, blocks)
+        peers.set_checkpointing(self.model, remat == "full")
+        self.side, self.new_tokens = peers.Trainer(self.model, RATE), shape.new_tokens
+        self.batch = peers.tensors({name: np.asarray(value) for name, value in here.batch.items()}, LABELS)
 
-    def _copy(self, ours: Ours, blocks: int) -> None:
-        params, leaves = ours.state.params, dict(self.model.named_parameters())
+    def _copy(self, params: dict, blocks: int) -> None:
+        leaves = dict(self.model.named_parameters())
         for index in range(blocks):
             newest, at = index == blocks - 1, slice(index * RANK, (index + 1) * RANK)
             for name, pair in params["block"].items():
@@ -224,40 +169,30 @@ class Torch:
 
     def train(self) -> float:
         """One step; its loss."""
-        loss = self.model(**self.batch).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        return float(self.side.train(self.batch))
 
     def generate(self) -> np.ndarray:
-        """New tokens i32[B, N] after the batch's rows."""
-        given = {name: value for name, value in self.batch.items() if name != "labels"}
-        self.model.eval()
-        with torch.no_grad():
-            out = self.model.generate(**given, max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens, do_sample=False)
-        self.model.train()
-        return out[:, given["input_ids"].shape[1]:].numpy()
+        """New tokens i64[B, N] after the batch's rows."""
+        return self.side.generate(self.batch, self.new_tokens)
 
 
 def compare(name: str, shape: Shape, folder: str, rounds: int, steps: int) -> list[dict]:
     """The rows of a case: a training step and a generation."""
     method, fields, blocks, remat = CASES[name]
-    ours = Ours(shape, folder, method, fields, blocks, remat)
-    other = Torch(shape, folder, ours, blocks, remat)
+    llava = load_llava(folder, np.float32)
     began = time.perf_counter()
-    first = [ours.train()]
+    ours = Here(shape, llava, settings_of(method, fields, remat), blocks)
     compiled = time.perf_counter() - began
-    same = method in SAME_FUNCTION
-    first += [ours.train() for _ in range(2)]
+    other, same = There(shape, folder, ours, blocks, remat), method in SAME_FUNCTION
+    first = [ours.train() for _ in range(3)]
     theirs = [other.train() for _ in range(3)]
     if same and not np.allclose(first, theirs, rtol=1e-3):
         raise RuntimeError(f"{name}: the two sides do not train the same: losses {first} here, {theirs} in torch")
     rows = [{"case": name, "what": "training step", "losses": [first, theirs], "compile_s": compiled}
             | in_turns(ours.train, other.train, rounds, steps)]
     if remat == "none":
-        ours.start()
-        restored = Torch(shape, folder, ours, blocks, remat)
+        ours.side.start()
+        restored = There(shape, folder, ours, blocks, remat)
         agree = float((ours.generate() == restored.generate()).mean())
         if same and agree < 1:
             raise RuntimeError(f"{name}: the two sides answer differently: {agree:.0%} of the tokens agree")

@@ -92,8 +92,8 @@ class Chip:
 
     Attributes:
         name: as people say it.
-        hbm: bytes that a program may use, as its compiler says; 0 where unknown.
-        peak: floating-point operations per second in bfloat16, as published; 0 where unknown.
+        hbm: bytes that a program may use, as its compiler says; 0 where unknown (a GPU says it at run time).
+        peak: floating-point operations per second in bfloat16, as published (dense); 0 where unknown.
     """
 
     name: str
@@ -105,6 +105,11 @@ CHIPS = {  # by JAX's device kind
     "TPU v5 lite": Chip("TPU v5e", int(15.75 * 2**30), 197e12),
     "TPU v5": Chip("TPU v5p", int(95.74 * 2**30), 459e12),
     "TPU v6 lite": Chip("TPU v6e", int(31.25 * 2**30), 918e12),
+    "NVIDIA A100-SXM4-40GB": Chip("A100 40GB", 0, 312e12),
+    "NVIDIA A100-SXM4-80GB": Chip("A100 80GB", 0, 312e12),
+    "NVIDIA H100 PCIe": Chip("H100 PCIe", 0, 756e12),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 0, 989e12),
+    "NVIDIA H200": Chip("H200", 0, 989e12),
 }
 
 
