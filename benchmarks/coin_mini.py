@@ -57,7 +57,8 @@ def main() -> None:
     records = kept(arguments.set, jobs)
     shared = [record for job in jobs for record in known(arguments.set, *job)]
     jobs = [job for job in jobs if (job[0], job[-1]) not in {(record["variant"], record["seed"]) for record in shared}]
-    records, failed, table = records + shared, [], ""
+    records, failed = records + shared, []
+    table = write(arguments.set, records, [*whole]) if records else ""
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         started = {pool.submit(run, *job, threads=0 if arguments.jobs == 1 else 1): job for job in jobs}
         for done in concurrent.futures.as_completed(started):
@@ -65,7 +66,7 @@ def main() -> None:
                 failed.append(f"{started[done][0]}, seed {started[done][-1]}: {done.exception()}")
                 continue
             records.append(done.result())
-            table = write(arguments.set, sorted(records, key=lambda r: ([*whole].index(r["variant"]), r["seed"])))
+            table = write(arguments.set, records, [*whole])
     print(table)
     if failed:
         raise SystemExit("\n".join(["these runs failed, their console.log says why:", *failed]))
@@ -129,8 +130,9 @@ def summary(record: dict) -> dict[str, float]:
     }
 
 
-def write(name: str, records: list[dict]) -> str:
-    """Writes the table and the numbers of a set, and returns the table."""
+def write(name: str, records: list[dict], order: list[str]) -> str:
+    """Writes the table and the numbers of a set, its variants in that order, and returns the table."""
+    records = sorted(records, key=lambda record: (order.index(record["variant"]), record["seed"]))
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"coin_mini_{name}.json").write_text(json.dumps(records, indent=1) + "\n")

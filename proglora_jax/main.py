@@ -72,12 +72,13 @@ def main(argv: list[str]) -> None:
 def _run_flags(config: dict[str, Any]) -> None:
     # Imported here: --help and a mistyped flag should not wait for jax.
     from proglora_jax.core import host
+
+    host.settle_on_cpu()  # before the next lines import jax
     from proglora_jax.training.console import setup_console
     from proglora_jax.training.loop import Stopped
     from proglora_jax.training.processes import join, leave_together
 
     setup_console()
-    host.settle_on_cpu()
     host.keep_freed_memory()
     host.compile_quickly()
     join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)

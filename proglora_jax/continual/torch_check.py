@@ -207,7 +207,7 @@ def _their_logits(torch: Any, model: Any, inputs: dict[str, np.ndarray]) -> np.n
 
 
 def check_tolerance(tolerance: float) -> None:
-    """Refuses a tolerance that is none.
+    """Refuses a tolerance of 0 or less, or that is no number.
 
     Raises:
         UserError: "--tolerance <t>: must be above 0 ..."

@@ -66,8 +66,8 @@ class DataSettings:
         max_labels: most supervised tokens per record; 0 means no limit.
         grouping: "modality_length" (CoIN's), "bucket" or "none", see `data.plan.plan_batches`.
         remainder: "drop" or "wrap" the last partial batch of an epoch.
-        on_bad_record: "stop", or "skip_and_count" to leave training records out that cannot be read or teach a box that is none;
-            questions are never left out.
+        on_bad_record: "stop", or "skip_and_count" to leave training records out that cannot be read, or whose box is not four numbers
+            from 0 to 1; questions are never left out.
         on_bad_image: "raise", or "blank" to put the mean colour in its place and count it.
         on_unsupervised: "raise", or "drop" records without a supervised token and count them.
         empty_answer: "drop" leaves a turn with an empty answer out, "eos" supervises its end alone.

@@ -124,9 +124,9 @@ def test_blocks_once_learned_are_never_written_again(dynamic):
 
 def test_a_finished_run_is_asked_once_more_with_images_prepared_in_the_other_way(here, dynamic, monkeypatch):
     """Only the tasks that CoIN's scripts crop are asked again; nothing is trained, and what was there stays as it was."""
-    known = {path: path.stat().st_mtime_ns for path in dynamic.glob("stages/*/*/*") if path.is_file()}
     workdir = here.folder / "both"
     shutil.copytree(dynamic, workdir)
+    known = {path: path.stat().st_mtime_ns for path in workdir.glob("stages/*/*/*") if path.is_file()}
     before, asked = tiny_run.outcome(dynamic), []
     prepare = Session.eval_loader.__wrapped__
     monkeypatch.setattr(Session, "eval_loader", lambda self, mode: asked.append(mode) or prepare(self, mode))

@@ -17,7 +17,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "schema": ("schema", "records that cannot be read",
                "a run stops at them, or leaves training records out with config.data.on_bad_record=skip_and_count"),
     "box": ("boxes", "boxes out of range or without area",
-            "those out of range are as records that cannot be read; the others are used as they are"),
+            "a run treats those out of range as it treats records that cannot be read; those without area are used as they are"),
     "reference": ("references", "questions that cannot be scored", "a run stops at those that the scorer refuses; others count as read"),
     "count": ("counts", "files of another size than expected", "a run uses what is there"),
     "missing_image": ("missing", "images that are missing", "a run stops, or goes on with config.data.on_bad_image=blank"),
