@@ -80,7 +80,6 @@ def _run_flags(config: dict[str, Any]) -> None:
 
     setup_console()
     host.keep_freed_memory()
-    host.compile_quickly()
     join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)
     command = " ".join(shlex.quote(arg) for arg in ["python", "-m", "proglora_jax.main", *sys.argv[1:]])
     stopped = False

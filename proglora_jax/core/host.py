@@ -1,4 +1,4 @@
-"""What a process settles with its host before JAX starts: freed memory is kept, XLA compiles quickly, no TPU is sought in vain."""
+"""What a process settles with its host before JAX starts: freed memory is kept, and no TPU is sought in vain."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ _ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -8, -4, -1, -2
 _SETTINGS = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 1 << 26))
 # Device files of NVIDIA and AMD GPUs and of TPUs.
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
-# XLA's flag for options of a backend, which ignores those that it does not know; a flag of its own that a release lacks ends the process.
-_BACKEND_OPTIONS, _OLDER_EMITTERS = "--xla_backend_extra_options", "xla_cpu_disable_new_fusion_emitters"
-
 # Any of these says that somebody has settled where JAX runs, or where its TPU is.
 _NAMED = ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "TPU_LIBRARY_PATH")
 
@@ -58,21 +55,6 @@ def keep_freed_memory() -> bool:
     if mallopt is None or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
         return False
     return all([mallopt(parameter, value) == 1 for parameter, value in _SETTINGS])
-
-
-def compile_quickly() -> bool:
-    """On a CPU-only host, has XLA's CPU backend use its older emitters of fusions; call it before JAX makes a device.
-
-    The newer ones took 10 of the 16 s that XLA spent on 252 programs of a small model (jax 0.10.2), and what they compile is no faster.
-
-    Returns:
-        Whether XLA_FLAGS was changed; False elsewhere, and where it names options of the backend already.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if _BACKEND_OPTIONS in flags or not _cpu_only():
-        return False
-    os.environ["XLA_FLAGS"] = f"{flags} {_BACKEND_OPTIONS}={_OLDER_EMITTERS}".strip()
-    return True
 
 
 def _cpu_only() -> bool:
