@@ -54,13 +54,22 @@ def main() -> None:
     whole = SETS[arguments.set]
     variants = {name: value for name, value in whole.items() if not arguments.variants or name in arguments.variants}
     jobs = [(name, *variants[name], seed) for seed in arguments.seeds for name in variants]
+    records = kept(arguments.set, jobs)
+    shared = [record for job in jobs for record in known(arguments.set, *job)]
+    jobs = [job for job in jobs if (job[0], job[-1]) not in {(record["variant"], record["seed"]) for record in shared}]
+    records, failed = records + shared, []
+    table = write(arguments.set, records, [*whole]) if records else ""
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        started = [pool.submit(run, *job, threads=0 if arguments.jobs == 1 else 1) for job in jobs]
-        records = kept(arguments.set, jobs)
+        started = {pool.submit(run, *job, threads=0 if arguments.jobs == 1 else 1): job for job in jobs}
         for done in concurrent.futures.as_completed(started):
+            if done.exception() is not None:
+                failed.append(f"{started[done][0]}, seed {started[done][-1]}: {done.exception()}")
+                continue
             records.append(done.result())
-            table = write(arguments.set, sorted(records, key=lambda r: ([*whole].index(r["variant"]), r["seed"])))
+            table = write(arguments.set, records, [*whole])
     print(table)
+    if failed:
+        raise SystemExit("\n".join(["these runs failed, their console.log says why:", *failed]))
 
 
 def base_model() -> str:
@@ -74,6 +83,17 @@ def kept(name: str, jobs: list[tuple]) -> list[dict]:
     earlier = json.loads(path.read_text()) if path.exists() else []
     asked = {(variant, seed) for variant, *_, seed in jobs}
     return [r for r in earlier if (r["variant"], r["seed"]) not in asked and r["variant"] in SETS[name] and r["base_model"] == base_model()]
+
+
+def known(name: str, variant: str, method: str, overrides: dict[str, float], seed: int) -> list[dict]:
+    """The record of the same run in another set's results, if it is there."""
+    found = []
+    for other, variants in SETS.items():
+        path = ROOT / "benchmarks" / "results" / f"coin_mini_{other}.json"
+        same = [title for title, value in variants.items() if value == (method, overrides)] if other != name and path.exists() else []
+        found += [record | {"variant": variant} for record in (json.loads(path.read_text()) if same else [])
+                  if record["variant"] in same and record["seed"] == seed and record["base_model"] == base_model()]
+    return found[:1]
 
 
 def run(variant: str, method: str, overrides: dict[str, float], seed: int, threads: int) -> dict:
@@ -110,8 +130,9 @@ def summary(record: dict) -> dict[str, float]:
     }
 
 
-def write(name: str, records: list[dict]) -> str:
-    """Writes the table and the numbers of a set, and returns the table."""
+def write(name: str, records: list[dict], order: list[str]) -> str:
+    """Writes the table and the numbers of a set, its variants in that order, and returns the table."""
+    records = sorted(records, key=lambda record: (order.index(record["variant"]), record["seed"]))
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"coin_mini_{name}.json").write_text(json.dumps(records, indent=1) + "\n")

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
     arguments = parser.parse_args()
-    host.keep_freed_memory()
+    host.keep_freed_memory()  # as the main job does
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     shape = Shape(layers=2, width=32, inner=48, heads=2, vocabulary=128, positions=80, new_tokens=3) if arguments.tiny else Shape()

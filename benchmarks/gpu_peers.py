@@ -24,7 +24,7 @@ def run(cases: list[Case], sizes: Sizes, lines: Lines, order: Order) -> None:
         if order.over:
             return
         if kind in full:
-            lines.write("result", case, error="not tried: fewer rows did not fit")
+            lines.write("result", case, error="not tried: fewer rows failed")
             continue
         if made != (case.blocks, case.rank):
             model = None

@@ -81,12 +81,9 @@ def programs(method: str, count: int, mesh) -> Iterator[Program]:
     llava = shapes.abstract_backbone(read_config(Path(model_folder("embedded")), None), settings.model)
     tasks, found = [f"task{index}" for index in range(count)], {}
     for stage in shapes.abstract_stages(settings.method, llava, tasks, [ROWS_OF_TASK] * count, mesh):
-        state = stage.state
-        for place, phase in enumerate(settings.method.phases(stage.info)):
-            if not phase.features:
-                found[phase.name] = (place, phase, state, settings.method.phase_mask(state, stage.info, phase))
-            probe = shapes.abstract_probe(settings.method, llava, mesh)
-            state = jax.eval_shape(lambda state: settings.method.after_phase(state, stage.info, phase, probe), state)
+        for place, one in enumerate(stage.phases):
+            if not one.phase.features:
+                found[one.phase.name] = (place, one.phase, one.state, one.mask)
     for place, phase, state, mask in found.values():
         yield _program(settings, llava, f"{method}, {phase.name}" if place else method, phase, state, mask, mesh)
 

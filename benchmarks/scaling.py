@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from proglora_jax.methods.views import Cost  # noqa: E402
 from proglora_jax.training.roofline import CHIPS, training_work  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -137,7 +138,7 @@ def data_parallel(counted: dict[str, Any], share: float) -> Iterator[Line]:
 
     config = llava15_7b()
     targets = abstract_backbone(config, ModelSettings()).targets()
-    work = training_work(config, targets, POSITIONS, LABELS, "qkvo_mlp", 8 * 16, 16).model
+    work = training_work(config, targets, POSITIONS, LABELS, "qkvo_mlp", Cost(7 * 16, 16, 16)).model
     peak = CHIPS["NVIDIA H100 80GB HBM3"].peak
 
     def line(name: str, chips: int, rows: float) -> Line:

@@ -20,6 +20,10 @@ How alike tasks are is measured by the backbone's own vision tower and word embe
 and a BERT: --config.similarity.encoders=vit_bert --config.similarity.vit_path=/models/vit-base-patch16-224
 --config.similarity.bert_path=/models/bert-base-uncased.
 
+CoIN's scripts crop the images of four tasks when they ask, though all are padded in training; so does this config.
+--config.evaluate.also_image_mode=pad asks these tasks a second time, padded, and reports both; a finished run to which it is added is only
+asked.
+
 batches=paper_era are the rows per step of the scripts behind the published baselines (7 GPUs without accumulation), batches=coin_scripts
 those of CoIN's repository today (8 GPUs, 8 parts), batches=mcitlib64 64 rows for every task. A step's rows are computed in as many parts as
 there were in the original, which suits one GPU; with n of them set --config.train.micro_batches to an n-th, and ask tools doctor.

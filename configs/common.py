@@ -65,7 +65,8 @@ SECTIONS = {
         "tokenizer_legacy": True, "max_length": 2048,
         "max_labels": 0, "buckets": ((704, 128), (1024, 512), (1536, 1024), (2048, 2048)), "train_examples": 0,
         "embedded_train_size": 1600, "embedded_test_size": 200, "embedded_seed": 0, "grouping": "modality_length", "remainder": "drop",
-        "on_bad_image": "raise", "on_unsupervised": "drop", "empty_answer": "drop", "threads": 2, "image_cache_mb": 0,
+        "on_bad_record": "stop", "on_bad_image": "raise", "on_unsupervised": "drop", "empty_answer": "drop",
+        "threads": 2, "image_cache_mb": 0,
     },
     "train": {
         "batch_size": 64, "batch_sizes": {}, "micro_batches": 1, "epochs": 1, "max_steps": 0, "learning_rate": 2e-4,
@@ -75,8 +76,8 @@ SECTIONS = {
         "grad_clip": 0.0, "loss_norm": "micro_batch_mean", "loss_group_size": 8, "loss_groups": 0,
     },
     "evaluate": {
-        "batch_size": 32, "max_new_tokens": 0, "prompt_lengths": (704, 1024, 2048), "image_mode": "coin", "subset_size": 0,
-        "subset_seed": 0, "imagenet_empty_ok": True, "grounding_truncate": True,
+        "batch_size": 32, "max_new_tokens": 0, "prompt_lengths": (704, 1024, 2048), "image_mode": "coin", "also_image_mode": "",
+        "subset_size": 0, "subset_seed": 0, "imagenet_empty_ok": True, "grounding_truncate": True,
     },
     # "vit_bert" is the paper's choice and needs two folders more; "backbone" makes do with what is loaded anyway.
     "similarity": {

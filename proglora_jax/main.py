@@ -40,8 +40,8 @@ _STOPPED_CODE = flags.DEFINE_integer(
 # may have to change before a run that stopped with an error can go on must be here, or the work done so far would be lost.
 _FREE = {
     "run.log_every_steps", "run.checkpoint_every_steps", "run.tensorboard", "run.compilation_cache", "run.isolated_results",
-    "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_image", "data.buckets",
-    "evaluate.batch_size", "evaluate.prompt_lengths", "mesh.data", "mesh.fsdp", "mesh.model",
+    "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_record", "data.on_bad_image", "data.buckets",
+    "evaluate.batch_size", "evaluate.prompt_lengths", "evaluate.also_image_mode", "mesh.data", "mesh.fsdp", "mesh.model",
     "model.remat",
     # The hashes of the files in every stage say whether they are the same.
     "model.vision_path", "model.projector_path", "similarity.vit_path", "similarity.bert_path",
@@ -72,13 +72,15 @@ def main(argv: list[str]) -> None:
 
 def _run_flags(config: dict[str, Any]) -> None:
     # Imported here: --help and a mistyped flag should not wait for jax.
-    from proglora_jax.core.host import keep_freed_memory
+    from proglora_jax.core import host
+
+    host.settle_on_cpu()  # before the next lines import jax
     from proglora_jax.training.console import setup_console
     from proglora_jax.training.loop import Stopped
     from proglora_jax.training.processes import join, leave_together
 
     setup_console()
-    keep_freed_memory()
+    host.keep_freed_memory()
     join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _DISTRIBUTED.value)
     command = " ".join(shlex.quote(arg) for arg in ["python", "-m", "proglora_jax.main", *sys.argv[1:]])
     stopped = False

@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
+from proglora_jax.core.host import settle_on_cpu
 from proglora_jax.data.errors import UserError
 
 
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script proglora-tools."""
+    settle_on_cpu()
     try:
         status = main()
         sys.stdout.flush()
@@ -251,13 +253,16 @@ def _add_convert(verbs) -> None:
     way.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of merged weights; default: the backbone's formats")
     way.add_argument("--verify", action=argparse.BooleanOptionalAction, default=None,
                      help="reload it with torch (and peft) in f32 and compare with our model before it is done; default: where torch is")
+    way.add_argument("--tolerance", type=float, default=1e-4,
+                     help="how far a logit may be from ours (default 1e-4); large models have longer sums and larger logits (both are "
+                          "printed), whose rounding alone may be more")
 
 
 def _to_hf(arguments) -> None:
     from proglora_jax.continual.export import export_adapter, export_merged
     from proglora_jax.continual.export_gates import export_dynamic
 
-    places = {name: getattr(arguments, name) for name in ("stage", "base", "verify")}
+    places = {name: getattr(arguments, name) for name in ("stage", "base", "verify", "tolerance")}
     if arguments.block is not None and arguments.kind != "adapter":
         raise UserError("--block: a block alone is an adapter, not a model; use --kind adapter")
     if arguments.dtype is not None and arguments.kind != "merged":

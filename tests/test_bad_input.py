@@ -141,12 +141,14 @@ WRONG = {
     "data.benchmark": "mini", "data.root": "", "data.instruction_set": "original", "data.template": "vicuna", "data.max_length": 0,
     "data.buckets": ((64,),), "data.train_examples": -1, "data.embedded_train_size": 0, "data.embedded_test_size": 0,
     "data.embedded_seed": -1, "data.max_labels": -1, "data.grouping": "length", "data.remainder": "keep", "data.on_bad_image": "skip",
-    "data.on_unsupervised": "keep", "data.empty_answer": "keep", "data.threads": -1, "data.image_cache_mb": -1, "train.batch_size": 0,
+    "data.on_bad_record": "skip", "data.on_unsupervised": "keep", "data.empty_answer": "keep", "data.threads": -1,
+    "data.image_cache_mb": -1, "train.batch_size": 0,
     "train.batch_sizes": {"GQA": 0}, "train.micro_batches": 0, "train.epochs": 0, "train.max_steps": -1, "train.learning_rate": 0.0,
     "train.projector_learning_rate": -1.0, "train.schedule": "linear", "train.warmup_fraction": 1.0, "train.weight_decay": -0.1,
     "train.beta1": 1.0, "train.beta2": -0.1, "train.epsilon": -1.0, "train.grad_clip": -1.0, "train.loss_norm": "mean",
     "train.loss_group_size": 0, "evaluate.batch_size": 0, "evaluate.max_new_tokens": -1, "evaluate.prompt_lengths": ("64",),
-    "evaluate.image_mode": "crop", "evaluate.subset_size": -1, "evaluate.subset_seed": -1, "similarity.encoders": "bert",
+    "evaluate.image_mode": "crop", "evaluate.also_image_mode": "coin", "evaluate.subset_size": -1,
+    "evaluate.subset_seed": -1, "similarity.encoders": "bert",
     "similarity.text_pool": "max",
     "similarity.pool": "max", "similarity.max_samples": 0, "run.seed": -1, "run.protocol": "parallel", "run.checkpoint_every_steps": 0,
     "run.log_every_steps": 0, "model.preset": "llava16_7b", "train.loss_groups": -1, "run.published_row": "proglora",
@@ -306,6 +308,9 @@ def records(root: Path, task: str, file: str = "train") -> Path:
         ("TextVQA", "train", lambda r: r[3].update(image="../up.jpg"), "image path '../up.jpg' leaves the image root"),
         ("TextVQA", "val", lambda r: r[2].pop("text"), r"val.json: 1 problem\(s\): record 2 \(id .*\): no 'text'"),
         ("Grounding", "test", lambda r: r[1].update(answer_bbox="[0.1, 0.2, 1.7, 0.4]"), "box '.*1.7.*' must be four numbers between 0"),
+        ("Grounding", "train", lambda r: r[3]["conversations"][1].update(value="[0.1, nan, 0.3, 0.4]"),
+         r"train.json: 1 problem\(s\): record 3 \(id .*\): answer of turn 0: box '\[0.1, nan, .*' must be four numbers between 0 and 1. "
+         "Repair or remove these records, or download the file again, or set config.data.on_bad_record=skip_and_count"),
         ("ScienceQA", "test", lambda r: r[0].update(question_id="nobody"), "references: 1 .*: question nobody: its id is not in problems"),
         ("TextVQA", "train", lambda r: r.clear(), "train.json: the file holds no records"),
     ],
@@ -317,6 +322,22 @@ def test_records_that_cannot_be_used(refuse, root, tmp_path, task, file, change,
     text = refuse(**fields)
     assert re.search(expected, text), text
     assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_bad_training_records_are_left_out_and_counted_where_that_is_asked_for(here, refuse, root, tmp_path, caplog):
+    path = records(root, "Grounding")
+    edit(path, lambda r: r[3]["conversations"][1].update(value="[0.1, 0.2, 1.3, 0.4]") and None)
+    edit(path, lambda r: r[5].pop("conversations") and None)
+    fields = ONE | {"data__root": str(root), "data__tasks": "Grounding", "data__on_bad_record": "skip_and_count"}
+    main.run(here.config("lora", **fields), tmp_path / "run")
+    assert f"{path}: 2 of 20 records are left out (config.data.on_bad_record=skip_and_count): record 3 (id" in caplog.text
+    assert "box '[0.1, 0.2, 1.3, 0.4]' must be four numbers between 0 and 1; record 5 (id" in caplog.text
+    # questions are never left out, and a file of which nothing is left is refused
+    edit(records(root, "Grounding", "test"), lambda r: r[1].update(answer_bbox="[0.1, 0.2, 1.7, 0.4]") and None)
+    assert re.search("test.json: 1 problem.*box '.*1.7.*' must be four numbers", refuse(**fields))
+    shutil.copy(here.root / INSTRUCTIONS / "Grounding" / "test.json", records(root, "Grounding", "test"))
+    edit(path, lambda r: [one.pop("conversations", None) for one in r] and None)
+    assert re.search(r"train.json: 20 problem\(s\): record 0", refuse(**fields))
 
 
 def test_files_of_records_that_are_broken_or_missing(refuse, root, tmp_path):

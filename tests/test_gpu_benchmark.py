@@ -1,4 +1,4 @@
-"""The GPU benchmark runs on a CPU at tiny sizes; what a process dies of becomes a row of its table, and the rest is measured still."""
+"""The GPU benchmark runs on a CPU at tiny sizes with the same code; what a process dies of becomes a row, the rest is still measured."""
 
 from __future__ import annotations
 

@@ -186,6 +186,24 @@ def test_help_is_quick_and_names_the_flags():
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60).returncode == 0
 
 
+def test_where_jax_looks_for_devices_is_settled_before_jax_is_there():
+    code = """
+import sys
+from proglora_jax import main
+from proglora_jax.core import host
+
+def settle():
+    print("jax" in sys.modules)
+    sys.exit()
+
+host.settle_on_cpu = settle
+sys.argv = ["main", "--config=configs/coin_mini.py:smoke"]
+main.entry()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_a_workdir_belongs_to_one_process_and_one_config(tmp_path):
     config = {"method": {"name": "lora"}, "run": {"seed": 1, "log_every_steps": 5}}
     with main.claim_workdir(tmp_path / "run", config, "the command"):

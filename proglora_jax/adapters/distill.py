@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 
 
+CHUNK = 128
+"""Positions whose scores exist at once."""
+
+
 def top_divergence(student: jax.Array, teacher: jax.Array, count: int, temperature: float) -> jax.Array:
     """KL(teacher || student) over the teacher's `count` largest scores, both renormalised there and softened by a temperature.
 
@@ -27,7 +31,7 @@ def top_divergence(student: jax.Array, teacher: jax.Array, count: int, temperatu
 
 
 def mean_top_divergence(
-    head: Callable, student: jax.Array, teacher: jax.Array, mask: jax.Array, count: int, temperature: float, chunk: int = 128
+    head: Callable, student: jax.Array, teacher: jax.Array, mask: jax.Array, count: int, temperature: float, chunk: int = CHUNK
 ) -> jax.Array:
     """Mean of `top_divergence` over the positions of a mask.
 

@@ -36,6 +36,12 @@ def mix_ranks(u: jax.Array, gate: jax.Array, mix: str, rank: int) -> jax.Array:
     return jnp.tile(summed, blocks) * gate  # [B, T, M*r]
 
 
+def ranks_of(block: PyTree) -> int:
+    """Ranks of a block or pool {linear: {"a": [..., d_in, r], ...}}; 0 of an empty one."""
+    first = next(iter(block.values()), None)
+    return first["a"].shape[-1] if first else 0
+
+
 def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x[B, T, i] @ kernel[i, o] with f32 accumulation and f32 result."""
     return jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -110,7 +110,7 @@ def whole_folder(out: Path) -> Iterator[pathlib.Path]:
     """A folder to write into, which gets the name `out` at the end; after an error nothing is left of it.
 
     Raises:
-        UserError: as `check_free`.
+        UserError: as `check_free`; what is raised inside, with the name `out` for the folder.
     """
     out = pathlib.Path(out).absolute()
     check_free(out)
@@ -122,6 +122,8 @@ def whole_folder(out: Path) -> Iterator[pathlib.Path]:
         if out.exists():
             out.rmdir()
         partial.rename(out)
+    except UserError as error:  # what is said of the folder is said of the place that the user named
+        raise UserError(str(error).replace(str(partial), str(out))) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

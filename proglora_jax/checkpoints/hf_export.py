@@ -68,9 +68,11 @@ def save_source(
         The weight files.
 
     Raises:
-        UserError: "<folder>: holds a model already (<file>); choose another folder or remove it", "<folder>: the layout of original
-            LLaVA has no row for <image>, ..."
+        UserError: "<folder>: holds a model already (<file>); choose another folder or remove it", "<the model's folder>: the layout of
+            original LLaVA has no row for <image>, ..."
     """
+    if style == "original":
+        _check_rows(source)
     entries, more = source_entries(source, dtype, change), {PROTOCOL: source.protocol}
     return _write(pathlib.Path(folder), entries, source.config, style, shard_bytes, more)
 
@@ -130,12 +132,6 @@ def _write(
     # transformers 4 reads torch_dtype, and 5 still does.
     kind = {"torch_dtype": next(entry.dtype.name for entry in entries if entry.name == _VOCABULARY[0])}
     if style == "original":
-        image, pad, rows = config.image_token_id, config.pad_token_id, config.text_config.vocab_size
-        if pad != image + 1 or rows != padded_rows(image):
-            raise UserError(
-                f"{folder}: the layout of original LLaVA has no row for <image>, but this model has it at {image} amid {rows} rows, "
-                "with words behind it; choose another style"
-            )
         towers = [entry for entry in entries if entry.name.startswith("vision_tower.")]
         refuse_existing(folder / VISION_FOLDER)
         files += write_shards(folder / VISION_FOLDER, [entry._replace(name=styled(entry.name, style)) for entry in towers], shard_bytes)
@@ -146,6 +142,16 @@ def _write(
     files += write_shards(folder, entries, shard_bytes)
     _write_json(folder / CONFIG, {**fields, **kind, **more})
     return files
+
+
+def _check_rows(source: Source) -> None:
+    """Refuses a vocabulary that cannot be cut off before <image>."""
+    image, pad, rows = source.config.image_token_id, source.config.pad_token_id, source.config.text_config.vocab_size
+    if pad != image + 1 or rows != padded_rows(image):
+        raise UserError(
+            f"{source.folder}: the layout of original LLaVA has no row for <image>, but this model has it at {image} amid {rows} rows, "
+            "with words behind it; choose another style"
+        )
 
 
 def _cut(entry: Entry, rows: int) -> Entry:

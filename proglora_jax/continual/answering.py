@@ -3,6 +3,8 @@
     answers/<Task>.partial.jsonl   a header, then one line per answered question, each with a checksum; appended batch by batch
     answers/<Task>.jsonl           the same, complete
     scores/<Task>.json             accuracy in both modes, mean gates, and what was asked: the hashes of questions, references and answers
+
+Where a task is asked a second time with images prepared in another way, that way follows its name (ImageNet_pad.jsonl).
 """
 
 from __future__ import annotations
@@ -31,12 +33,15 @@ from proglora_jax.evaluation.scores import ScoreOptions
 from proglora_jax.training.console import Progress
 from proglora_jax.training.loop import Stopped
 from proglora_jax.training.processes import Round
+from proglora_jax.training.settings import Settings
 
 # Of an answers' header. A run that goes on with another batch size, as it must after running out of memory, keeps its answers.
 MUST_AGREE = ("task", "adapter", "questions", "max_new_tokens", "image_mode")
 
 
-def evaluate_task(session: Session, state: CLState, digest: str, task: int, task_id: int, folder: Path) -> tuple[dict[str, Any], bool]:
+def evaluate_task(
+    session: Session, state: CLState, digest: str, task: int, task_id: int, folder: Path, images: str = ""
+) -> tuple[dict[str, Any], bool]:
     """Scores of one task under a state; finished work is read back, not repeated.
 
     Args:
@@ -46,6 +51,7 @@ def evaluate_task(session: Session, state: CLState, digest: str, task: int, task
         task: index of the task in the run.
         task_id: the task's id as the method sees it.
         folder: the stage's folder.
+        images: "pad" or "crop", to ask once more in this way; "" asks as the config says.
 
     Returns:
         (the content of scores/<Task>.json, whether it was there already).
@@ -55,9 +61,9 @@ def evaluate_task(session: Session, state: CLState, digest: str, task: int, task
         UserError: for questions or images that cannot be read.
     """
     name = session.tasks[task]
-    path, answers = folder / "scores" / f"{name}.json", folder / "answers" / f"{name}.jsonl"
+    path, answers = scores_file(folder, name, images), folder / "answers" / f"{_file_name(name, images)}.jsonl"
     questions, auxiliary = session.questions(name), session.data[name].auxiliary
-    header = _header(session, digest, name, questions)
+    header = _header(session, digest, name, questions) | ({"image_mode": images} if images else {})
     asked = {field: header[field] for field in MUST_AGREE} | {"references": _hash(references(TASKS[name].scorer, questions, auxiliary))}
     known = finished_scores(path, answers, asked)
     if known is not None:
@@ -68,7 +74,7 @@ def evaluate_task(session: Session, state: CLState, digest: str, task: int, task
     result = score_answers(TASKS[name].scorer, texts, questions, auxiliary, options)
     result |= {
         "task": name, "asked": asked, "answers_sha256": sha256_of_file(answers) if session.chief else "", "gates": gates,
-        "seconds": time.monotonic() - began, "image_mode": image_mode(session, name),
+        "seconds": time.monotonic() - began, "image_mode": header["image_mode"],
     }
     if session.chief:
         atomic_write_json(path, result, checksum=True)
@@ -99,19 +105,35 @@ def _header(session: Session, digest: str, name: str, questions: list[Question])
     cap = evaluate.max_new_tokens or TASKS[name].max_new_tokens
     asked = [(question.id, question.text, os.path.basename(question.image or "")) for question in questions]
     return {"task": name, "adapter": digest, "questions": _hash(asked), "max_new_tokens": cap, "batch_size": evaluate.batch_size,
-            "image_mode": image_mode(session, name)}
+            "image_mode": image_mode(session.settings, name)}
 
 
-def image_mode(session: Session, name: str) -> str:
-    """How the images of a task's questions are prepared."""
-    return TASKS[name].coin_image_mode if session.settings.evaluate.image_mode == "coin" else "pad"
+def image_mode(settings: Settings, name: str, chosen: str = "") -> str:
+    """How the images of a task's questions are prepared, "pad" or "crop", by config.evaluate.image_mode or another choice."""
+    return TASKS[name].coin_image_mode if (chosen or settings.evaluate.image_mode) == "coin" else "pad"
+
+
+def other_images(settings: Settings, name: str) -> str:
+    """How they are prepared when the task is asked a second time; "" where it is not, or would be asked the same again."""
+    chosen = settings.evaluate.also_image_mode
+    other = image_mode(settings, name, chosen) if chosen else ""
+    return "" if other == image_mode(settings, name) else other
+
+
+def scores_file(folder: Path, name: str, images: str = "") -> Path:
+    """Where the scores of a task lie in a stage's folder; arguments as for `evaluate_task`."""
+    return folder / "scores" / f"{_file_name(name, images)}.json"
+
+
+def _file_name(name: str, images: str) -> str:
+    return f"{name}_{images}" if images else name
 
 
 def _answers(session: Session, state: CLState, header: dict[str, Any], task_id: int, questions: list[Question], path: Path):
     """Answers of all questions, by index, and the mean gate of each block; generated from where the partial file ends."""
     evaluate, name = session.settings.evaluate, header["task"]
     batches = eval_batches(
-        questions, session.encoder, session.eval_loader(image_mode(session, name)), batch_size=evaluate.batch_size, task_id=task_id,
+        questions, session.encoder, session.eval_loader(header["image_mode"]), batch_size=evaluate.batch_size, task_id=task_id,
         lengths=evaluate.prompt_lengths, process_index=jax.process_index(), process_count=jax.process_count(),
     )
     partial = path.with_suffix(".partial.jsonl")

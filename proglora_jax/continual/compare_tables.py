@@ -10,7 +10,7 @@ from proglora_jax.continual.compare_costs import Cost
 from proglora_jax.continual.report import spread
 from proglora_jax.continual.report_page import Picture, Section, Table
 from proglora_jax.continual.report_tables import ABSENT, number
-from proglora_jax.continual.run_record import RunRecord
+from proglora_jax.continual.run_record import RunRecord, shared_modes
 from proglora_jax.evaluation import published
 from proglora_jax.evaluation.sequence import mean, mean_so_far, standard_deviation
 from proglora_jax.methods.registry import METHODS
@@ -24,7 +24,7 @@ def results_section(groups: Groups, costs: Mapping[str, Sequence[Cost]]) -> Sect
     """One table per scoring mode, as the papers' Table 1: two lines per method, metrics and (in the first table) costs beside them."""
     first = next(iter(groups.values()))[0]
     tables = []
-    for mode in first.modes:
+    for mode in shared_modes([record for records in groups.values() for record in records]):
         cost_heads = ("trainable", "stored", "stored beside", "s/step", "peak memory") if mode == first.modes[0] else ()
         rows = []
         for name, records in groups.items():
@@ -68,7 +68,7 @@ def _count(values: Sequence[int | None]) -> str:
 def curves_section(groups: Groups) -> Section:
     """The mean accuracy of the tasks so far against the stage, in every scoring mode."""
     first, pictures = next(iter(groups.values()))[0], []
-    for mode in first.modes:
+    for mode in shared_modes([record for records in groups.values() for record in records]):
         curves = {name: [mean_so_far(record.scoring[mode]) for record in records] for name, records in groups.items()
                   if records[0].sequential}
         levels = {name: [_running_means(record.final(mode)) for record in records] for name, records in groups.items()

@@ -76,8 +76,7 @@ def compile_ahead(config: Mapping[str, Mapping[str, Any]], order: Order) -> dict
     sizes, source = model_sizes(settings.model)
     llava = shapes.abstract_backbone(sizes, settings.model)
     stages = planned_stages(settings, llava, mesh)
-    batches = [stage.batch for stage in stages if stage.train_rows]
-    plan = MemoryPlan(settings, llava, stages[-1].shapes, mesh, float(chip.hbm), batches)
+    plan = MemoryPlan.of(settings, llava, stages, mesh, float(chip.hbm))
     _check_split(plan)
     results = [_compile(plan, name, positions, order) for name in order.programs for positions in _lengths(settings, name, order.positions)]
     trainable = trees.partition(plan.stage.state.params, plan.stage.mask)[0]
@@ -148,20 +147,21 @@ def _lengths(settings: Settings, program: str, positions: Sequence[int]) -> list
 
 def _compile(plan: MemoryPlan, program: str, positions: int, order: Order) -> dict[str, Any]:
     """Compiles one program and reads what the compiler says of it."""
-    settings, llava, stage, mesh = plan.settings, plan.llava, plan.stage, plan.mesh
+    settings, llava, mesh = plan.settings, plan.llava, plan.mesh
     if program == "train":
         labels = dict(settings.data.buckets)[positions]
-        rows = max(plan.batches, default=0)
-        if not rows:
+        if not plan.phases:
             raise UserError(f"--program train: config.method.name='{settings.method.name}' trains nothing")
+        phase = plan.heaviest((positions, labels))
+        rows = phase.batch
         shown = {"rows": rows, "positions": positions, "labels": labels}
         settings = plan.settled((positions, labels))
         shown["remat"] = settings.model.remat
-        traced = programs.trace_train_step(settings, llava, stage, rows, (positions, labels), mesh)
+        traced = programs.trace_train_step(settings, llava, phase.shapes, rows, (positions, labels), mesh)
     else:
         rows, new_tokens = settings.evaluate.batch_size, plan.longest_answer()
         shown = {"rows": rows, "positions": positions, "new_tokens": new_tokens}
-        traced = programs.trace_generator(settings, llava, stage, rows, positions, new_tokens, mesh)
+        traced = programs.trace_generator(settings, llava, plan.stage, rows, positions, new_tokens, mesh)
     work = flops.matmul_work(traced.jaxpr)
     result = {"program": program, **shown, "flops": work.total / mesh.size, "flops_per_new_token": work.turn / mesh.size}
     logging.info("compiling %s at %d positions for %s; this takes minutes", program, positions, order.topology)

@@ -92,16 +92,15 @@ def diagnose(config: Mapping[str, Mapping[str, Any]], machine: Machine | None = 
         raise UserError(str(error)) from error
     llava = shapes.abstract_backbone(sizes, settings.model)
     stages = planned_stages(settings, llava, mesh)
-    largest = stages[-1].shapes
-    limit = 1e9 * machine.memory_gb or float(device_limit())
-    plan = MemoryPlan(settings, llava, largest, mesh, limit, [stage.batch for stage in stages if stage.train_rows])
+    last = stages[-1].shapes
+    plan = MemoryPlan.of(settings, llava, stages, mesh, 1e9 * machine.memory_gb or float(device_limit()))
     sections = [
         _environment(count, mesh, source, found),
         _plan(plan.settled(settings.data.buckets[0]), stages, machine, mesh, llava),
-        f"Parameters in the last stage, {largest.info.name} with {settings.method.name}\n"
-        + shapes.describe_parameters(largest.state.params, largest.mask, llava.to_tree(), largest.info.index),
+        f"Parameters in the last stage, {last.info.name} with {settings.method.name}\n"
+        + shapes.describe_parameters(settings.method, last, llava.to_tree()),
         plan.text(),
-        _compiled(plan.settled(settings.data.buckets[-1]), llava, stages, plan) if compile_step else "",
+        _compiled(plan) if compile_step else "",
         _advice([*notes, *plan.warnings()]),
     ]
     return "\n\n".join(section for section in sections if section)
@@ -165,57 +164,67 @@ def _environment(count: int, mesh: Any, source: str, found: str) -> str:
 def _plan(settings: Settings, stages: list[PlannedStage], machine: Machine, mesh: Any, llava: Any) -> str:
     """The table of stages, and how long they take."""
     positions = machine.positions or settings.data.buckets[0][0]
-    train_second, ask_second, how = _speeds(settings, stages, machine, mesh, llava, positions)
+    train_seconds, ask_second, how = _speeds(settings, stages, machine, mesh, llava, positions)
     rows = []
-    for stage in stages:
+    for stage, train in zip(stages, train_seconds):
         own = f"{stage.train_rows:,}" + (f" + {stage.replayed:,}" if stage.replayed else "")
-        hours = (stage.rows_passed * train_second, stage.questions * ask_second)
+        hours = (train, stage.questions * ask_second)
         rows.append((str(stage.number + 1), stage.name, own, str(stage.batch), f"{stage.steps:,}", f"{stage.questions:,}",
                      *(format_seconds(second) if second else "-" for second in hours)))
     totals = [sum(getattr(stage, name) for stage in stages) for name in ("steps", "questions")]
-    seconds = [sum(stage.rows_passed for stage in stages) * train_second, totals[1] * ask_second]
+    seconds = [sum(train_seconds), totals[1] * ask_second]
     rows.append(("", "all", "", "", f"{totals[0]:,}", f"{totals[1]:,}", *(format_seconds(second) if second else "-" for second in seconds)))
     head = ("stage", "task", "rows (+ replayed, at most)", "batch", "steps", "questions", "train", "answer")
     return "\n".join([plain_table(Table(head, tuple(rows))), how])
 
 
-def _speeds(settings: Settings, stages, machine: Machine, mesh: Any, llava: Any, positions: int) -> tuple[float, float, str]:
-    """Seconds per training row and per question over all devices (0 where unknown), and in words how they were found."""
-    ranks = memory.ranks_of(stages[-1].shapes)
-    work = roofline.training_work(llava.config, llava.targets(), positions, settings.data.buckets[0][1], settings.model.remat, *ranks)
-    asked = roofline.prefill_work(llava.config, llava.targets(), positions, ranks[0])
-    sizes = f"at {positions} positions a training row is {work.total / 1e12:.3g} TFLOP ({work.model / 1e12:.3g} count for MFU), a prompt " \
-            f"{asked / 1e12:.3g}"
+def _speeds(settings: Settings, stages, machine: Machine, mesh: Any, llava: Any, positions: int) -> tuple[list[float], float, str]:
+    """Seconds of each stage's training and per question over all devices (0 where unknown), and in words how they were found."""
+    last = stages[-1].shapes
+    works = {id(phase): _work(settings, llava, positions, phase.shapes) for stage in stages for phase in stage.phases}
+    asked = roofline.prefill_work(llava.config, llava.targets(), positions, settings.method.cost(last.state.params, last.info, None))
+    most = max(works.values(), key=lambda work: work.total, default=roofline.Work(0.0, 0.0))
+    sizes = f"at {positions} positions a training row is {'at most ' if len({*works.values()}) > 1 else ''}{most.total / 1e12:.3g} TFLOP " \
+            f"({most.model / 1e12:.3g} count for MFU), a prompt {asked / 1e12:.3g}"
     devices = int(mesh.size)
     speed = machine.peak_tflops * 1e12 * machine.utilization * devices
     answer = asked / speed if speed else 0.0
     if machine.step_seconds:
         rows = machine.step_rows or settings.train.batch_size
-        return machine.step_seconds / rows, answer, f"hours from {machine.step_seconds:g} s measured for a step of {rows} rows; {sizes}"
+        seconds = [stage.rows_passed * machine.step_seconds / rows for stage in stages]
+        return seconds, answer, f"hours from {machine.step_seconds:g} s measured for a step of {rows} rows; {sizes}"
+    own = [sum(phase.steps * phase.batch * works[id(phase)].total for phase in stage.phases) for stage in stages]
+    seconds = [work / speed if speed else 0.0 for work in own]
     if speed:
-        return work.total / speed, answer, (
+        return seconds, answer, (
             f"hours at {machine.utilization:.0%} of {machine.peak_tflops:g} TFLOP/s on {devices} device(s); {sizes}; new tokens, loading, "
             "compiling and saving come on top")
-    return 0.0, 0.0, f"no hours: give --step-seconds (measured) or --peak-tflops; {sizes}"
+    return seconds, 0.0, f"no hours: give --step-seconds (measured) or --peak-tflops; {sizes}"
 
 
-def _compiled(settings: Settings, llava: Any, stages: list[PlannedStage], plan: MemoryPlan) -> str:
+def _work(settings: Settings, llava: Any, positions: int, phase: shapes.StageShapes) -> roofline.Work:
+    """Work of a row in a phase."""
+    cost, labels = settings.method.cost(phase.state.params, phase.info, phase.phase), settings.data.buckets[0][1]
+    return roofline.training_work(llava.config, llava.targets(), positions, labels, settings.model.remat, cost)
+
+
+def _compiled(plan: MemoryPlan) -> str:
     """What the compiled step needs for the largest bucket: on the plan's devices if they are there, else on one with its share of rows."""
-    batches = [stage.batch for stage in stages if stage.train_rows]
-    if not batches:
+    if not plan.batches:
         return "Compiled step: nothing trains."
-    fits = plan.devices <= jax.device_count()
+    settings = plan.settled(plan.settings.data.buckets[-1])
+    fits, bucket = plan.devices <= jax.device_count(), settings.data.buckets[-1]
+    phase = plan.heaviest(bucket)
     mesh = meshes.make_mesh(dict(plan.mesh.shape) if fits else {"data": 1}, jax.devices()[: plan.devices if fits else 1])
-    rows = max(batches) if fits else plan.rows * settings.train.micro_batches
-    bucket = settings.data.buckets[-1]
+    rows = phase.batch if fits else plan.rows(phase) * settings.train.micro_batches
     # The mean over groups does not change what is held, and a share of the rows may not have as many groups.
     own = dataclasses.replace(settings, train=dataclasses.replace(settings.train, loss_groups=0, loss_group_size=1))
-    parts = memory.compiled_memory(own, llava, stages[-1].shapes, rows, bucket, mesh)
+    parts = memory.compiled_memory(own, plan.llava, phase.shapes, rows, bucket, mesh)
     cells = ", ".join(f"{part.name} {part.bytes / 1e9:.2f}" for part in parts)
     said = f"{memory.total(parts) / 1e9:.2f} GB ({cells})" if parts else "this backend does not say"
     kind = jax.devices()[0].device_kind
     note = "" if jax.default_backend() != "cpu" else "; XLA for CPU computes 16-bit formats in 32 bits, so an accelerator needs less"
-    load = f"{plan.rows} row(s) of {bucket[0]} positions at once"
+    load = f"{plan.rows(phase)} row(s) of {bucket[0]} positions at once"
     return f"Compiled training step, per device, {load}, for {mesh.size} x {kind}: {said}{note}"
 
 

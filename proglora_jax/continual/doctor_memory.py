@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
+from proglora_jax.continual.doctor_plan import PlannedPhase, PlannedStage
 from proglora_jax.continual.report_page import Table
+from proglora_jax.core import tree as trees
 from proglora_jax.core.mesh import abstract_mesh, batch_ways
 from proglora_jax.data.tasks import TASKS
 from proglora_jax.models.llava import Llava
@@ -27,29 +30,35 @@ class MemoryPlan:
     Attributes:
         settings: the config.
         llava: the backbone as shapes.
-        stage: the largest stage.
+        stage: the last stage, with which all questions are answered at the end.
+        phases: those that train the model, one of each kind.
         mesh: an abstract mesh.
         limit: bytes of a device, 0 where unknown.
-        batches: rows of a step of every stage that trains.
+        batches: rows of a step of every phase.
     """
 
     settings: Settings
     llava: Llava
     stage: StageShapes
+    phases: tuple[PlannedPhase, ...]
     mesh: Any
     limit: float
     batches: list[int]
+
+    @classmethod
+    def of(cls, settings: Settings, llava: Llava, stages: list[PlannedStage], mesh: Any, limit: float) -> MemoryPlan:
+        """The plan of all stages of a config, from `doctor_plan.planned_stages`."""
+        phases = [phase for stage in stages for phase in stage.phases]
+        return cls(settings, llava, stages[-1].shapes, _unlike(settings, phases), mesh, limit, [phase.batch for phase in phases])
 
     @property
     def devices(self) -> int:
         """Devices of the mesh."""
         return int(self.mesh.size)
 
-    @property
-    def rows(self) -> int:
-        """Most rows that a device computes at once."""
-        parts = self.settings.train.micro_batches * batch_ways(self.mesh)
-        return max((-(-batch // parts) for batch in self.batches), default=0)
+    def rows(self, phase: PlannedPhase) -> int:
+        """Rows of a phase that a device computes at once."""
+        return -(-phase.batch // (self.settings.train.micro_batches * batch_ways(self.mesh)))
 
     @property
     def usable(self) -> float:
@@ -57,13 +66,20 @@ class MemoryPlan:
         return memory.USABLE * self.limit
 
     def training(self, bucket: tuple[int, int]) -> list[Part]:
-        """What a training step on a bucket's shape holds."""
-        return memory.training_memory(self.settled(bucket), self.llava, self.stage, Load(self.rows, *bucket), self.mesh)
+        """What a training step on a bucket's shape holds, of the phase that holds most."""
+        return self._held(self.heaviest(bucket), bucket)
+
+    def heaviest(self, bucket: tuple[int, int]) -> PlannedPhase:
+        """The phase that holds most with rows of a bucket: PCLR's distillation has two pools and trains one, its other phases do not."""
+        return max(self.phases, key=lambda phase: memory.total(self._held(phase, bucket)))
+
+    def _held(self, phase: PlannedPhase, bucket: tuple[int, int]) -> list[Part]:
+        return memory.training_memory(self.settled(bucket), self.llava, phase.shapes, Load(self.rows(phase), *bucket), self.mesh)
 
     def settled(self, bucket: tuple[int, int]) -> Settings:
         """The settings with the policy that a run takes for a bucket, where the config says "auto"."""
-        policy = policy_for(self.settings, self.llava, self.stage, Load(self.rows, *bucket), self.mesh, self.limit)
-        return with_policy(self.settings, policy)
+        phases = [(phase.shapes, self.rows(phase)) for phase in self.phases]
+        return with_policy(self.settings, policy_for(self.settings, self.llava, phases, bucket, self.mesh, self.limit))
 
     def answering(self) -> list[Part]:
         """What the longest prompts and answers hold."""
@@ -86,7 +102,7 @@ class MemoryPlan:
         if self.batches:
             columns = [self.training(bucket) for bucket in self.settings.data.buckets]
             head = tuple(f"{positions} positions" for positions, _ in self.settings.data.buckets)
-            blocks.append(f"Memory of a device while training, GB, {self.rows} row(s) at once, largest stage (estimated)")
+            blocks.append(f"Memory of a device while training, GB, {self._heaviest_named()} (estimated)")
             blocks.append(_columns(head, columns))
             if self.settings.model.remat == "auto":
                 chosen = {bucket[0]: self.settled(bucket).model.remat for bucket in self.settings.data.buckets}
@@ -100,6 +116,16 @@ class MemoryPlan:
         if self.limit:
             blocks.append(f"a device has {self.limit / 1e9:.1f} GB, of which {self.usable / 1e9:.1f} can be planned with")
         return "\n".join(blocks)
+
+    def _heaviest_named(self) -> str:
+        """The rows at once and the phase that hold most; one for each bucket where they differ."""
+        found: dict[str, list[str]] = {}
+        for bucket in self.settings.data.buckets:
+            phase = self.heaviest(bucket)
+            several = len(self.settings.method.phases(phase.shapes.info)) > 1
+            name = f"{self.rows(phase)} row(s) at once in stage {phase.shapes.info.index + 1}, which holds most"
+            found.setdefault(name + (f" (phase {phase.shapes.phase.name})" if several else ""), []).append(str(bucket[0]))
+        return ", ".join(f"{name} at {', '.join(lengths)} positions" if len(found) > 1 else name for name, lengths in found.items())
 
     def _capacities(self) -> str:
         """Rows that fit at once on common devices, for the smallest bucket."""
@@ -184,12 +210,26 @@ class MemoryPlan:
                 "config.evaluate.prompt_lengths, or split the backbone with config.mesh.fsdp")
 
 
+def _unlike(settings: Settings, phases: Iterable[PlannedPhase]) -> tuple[PlannedPhase, ...]:
+    """One phase of each kind that holds and computes the same, the one with the largest batches, of these the last."""
+    found: dict[Any, PlannedPhase] = {}
+    for phase in phases:
+        params, info, memories = phase.shapes.state.params, phase.shapes.info, phase.shapes.state.memory
+        trainable, frozen = trees.partition(params, phase.shapes.mask)
+        like = settings.method.cost(params, info, phase.shapes.phase), *map(trees.count_bytes, (trainable, frozen, memories))
+        if like not in found or found[like].batch <= phase.batch:
+            found[like] = phase
+    return tuple(found.values())
+
+
 def most_rows(plan: MemoryPlan, bucket: tuple[int, int], limit: float) -> int:
     """Most rows at once that a device of `limit` bytes trains on a bucket's shape; 0 where not even one fits."""
-    settings = plan.settled(bucket)
-    need = lambda rows: memory.total(memory.training_memory(settings, plan.llava, plan.stage, Load(rows, *bucket), plan.mesh))
-    none, one = need(0), need(1)
-    return max(0, int((memory.USABLE * limit - none) / (one - none)))  # every part is held once or grows with the rows
+    fit, settings = [], plan.settled(bucket)
+    for phase in plan.phases:
+        parts = (memory.training_memory(settings, plan.llava, phase.shapes, Load(rows, *bucket), plan.mesh) for rows in (0, 1))
+        none, one = map(memory.total, parts)
+        fit.append(int((memory.USABLE * limit - none) / (one - none)))  # every part is held once or grows with the rows
+    return max(0, min(fit))
 
 
 def _from(policy: str) -> tuple[str, ...]:
@@ -213,7 +253,8 @@ def _flags(before: MemoryPlan, after: MemoryPlan) -> str:
         flags.append(f"--config.model.remat={after.settings.model.remat}")
     if after.mesh.shape["fsdp"] != before.mesh.shape["fsdp"]:
         flags.append(f"--config.mesh.data=-1 --config.mesh.fsdp={after.mesh.shape['fsdp']}")
-    return f"{' '.join(flags)} ({after.rows} row(s) at once, {after.peak() / 1e9:.1f} GB)"
+    rows = max(after.rows(phase) for phase in after.phases)
+    return f"{' '.join(flags)} ({rows} row(s) at once, {after.peak() / 1e9:.1f} GB)"
 
 
 def _columns(head: tuple[str, ...], columns: list[list[Part]]) -> str:

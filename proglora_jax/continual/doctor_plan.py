@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from proglora_jax.continual.answering import other_images
 from proglora_jax.continual.stages import Stage, plan_stages
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.tasks import ORDERS, TASKS, task_order
@@ -12,6 +13,21 @@ from proglora_jax.methods.base import Replay
 from proglora_jax.models.llava import Llava
 from proglora_jax.training import shapes
 from proglora_jax.training.settings import Settings, batch_size_of
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedPhase:
+    """A training phase that runs the language model.
+
+    Attributes:
+        batch: rows of a step.
+        steps: of the phase.
+        shapes: the method's state as it begins.
+    """
+
+    batch: int
+    steps: int
+    shapes: shapes.StageShapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +39,9 @@ class PlannedStage:
         name: what it is called.
         train_rows: own rows; 0 where nothing trains.
         replayed: rows of earlier tasks, at most (as if no two tasks were alike).
-        batch: rows of a step.
-        steps: of all phases that run the model; those on stored features cost next to nothing.
-        rows_passed: rows of all these steps.
-        questions: asked afterwards.
+        batch: rows of a step of the first phase.
+        phases: those that run the model; those on stored features cost next to nothing.
+        questions: asked afterwards, with images in another way as well where the config says so.
         shapes: the method's state.
     """
 
@@ -35,10 +50,19 @@ class PlannedStage:
     train_rows: int
     replayed: int
     batch: int
-    steps: int
-    rows_passed: int
+    phases: tuple[PlannedPhase, ...]
     questions: int
     shapes: shapes.StageShapes
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def rows_passed(self) -> int:
+        """Rows of all these steps."""
+        return sum(phase.steps * phase.batch for phase in self.phases)
 
 
 def planned_stages(settings: Settings, llava: Llava, mesh: Any) -> list[PlannedStage]:
@@ -56,7 +80,7 @@ def planned_stages(settings: Settings, llava: Llava, mesh: Any) -> list[PlannedS
         states = [next(shapes.abstract_stages(settings.method, llava, [stage.name], [size], mesh)) for stage, size in zip(stages, rows)]
     else:
         states = list(shapes.abstract_stages(settings.method, llava, [stage.name for stage in stages], rows, mesh))
-    asked = [questions(settings, name) for name in tasks]
+    asked = [questions(settings, name) * (2 if other_images(settings, name) else 1) for name in tasks]
     return [_planned(settings, stage, own, sizes, sum(asked[task] for task in stage.evaluate), state)
             for stage, own, state in zip(stages, rows, states)]
 
@@ -88,16 +112,16 @@ def steps_of(settings: Settings, rows: int, replay: Replay | None, replayed: int
 
 
 def _planned(settings: Settings, stage: Stage, own: int, sizes: list[int], asked: int, state: shapes.StageShapes) -> PlannedStage:
-    phases = settings.method.phases(state.info)
-    if not phases:
-        return PlannedStage(stage.number, stage.name, 0, 0, 0, 0, 0, asked, state)
+    if not state.phases:
+        return PlannedStage(stage.number, stage.name, 0, 0, 0, (), asked, state)
     replay = settings.method.replay(state.info)
     replayed = sum(min(count, size) for count, size in zip(replay.counts, sizes)) if replay else 0
     batch = batch_size_of(settings.train, stage.name)
-    cut = [(phase.batch_size or batch, phase.epochs) for phase in phases if not phase.features]
-    steps = [steps_of(settings, own, replay, replayed, size, epochs) for size, epochs in cut]
-    if not all(steps):
+    phases = []
+    for one in (one for one in state.phases if not one.phase.features):
+        size = one.phase.batch_size or batch
+        phases.append(PlannedPhase(size, steps_of(settings, own, replay, replayed, size, one.phase.epochs), one))
+    if not all(phase.steps for phase in phases):
         raise UserError(f"config.train.batch_size={batch}: the stage {stage.name} has only {own} rows; lower it or set "
                         "config.data.remainder=wrap")
-    passed = sum(count * size for count, (size, _) in zip(steps, cut))
-    return PlannedStage(stage.number, stage.name, own, replayed, batch, sum(steps), passed, asked, state)
+    return PlannedStage(stage.number, stage.name, own, replayed, batch, tuple(phases), asked, state)

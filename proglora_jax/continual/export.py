@@ -33,6 +33,7 @@ def export_adapter(
     block: int | None = None,
     base: str | None = None,
     verify: bool | None = None,
+    tolerance: float = torch_check.TOLERANCE,
     log: Callable[[str], None] = print,
 ) -> None:
     """Writes a stage's adapter and projector as a PEFT folder.
@@ -49,12 +50,14 @@ def export_adapter(
         base: folder of the backbone, where it is not where the run found it.
         verify: reload it with torch, transformers and peft, and compare logits before the folder gets its name; None does so where
             they are installed and the memory is there, and says so where they are not.
+        tolerance: how far a logit may be from ours.
         log: takes a line of text.
 
     Raises:
         UserError: as `trained.open_trained`; "<stage>: <reason why it cannot be folded>; ..."; "<stage>: <method> has no block ...";
             "<out>: is not empty ..."; as `torch_check.compare`.
     """
+    torch_check.check_tolerance(tolerance)
     check_free(out)
     trained = open_trained(workdir, stage)
     method, id_ = trained.method, trained.asked_task(task)
@@ -80,7 +83,7 @@ def export_adapter(
         atomic_write_json(partial / RECORD, record(trained, kind="adapter", task=_named(trained, id_, block), block=block))
         rank = next(iter(adapter.values()))["a"].shape[-1]
         log(f"{method.name}, stage {trained.folder.name}: {_what(trained, id_, block)} as a PEFT adapter of rank {rank}, alpha {alpha:g}")
-        log(torch_check.checked(verify, lambda: _compare(trained, base, partial, id_, block, log)))
+        log(torch_check.checked(verify, lambda: _compare(trained, base, partial, id_, block, tolerance, log)))
     log(f"wrote {out}")
 
 
@@ -93,6 +96,7 @@ def export_merged(
     base: str | None = None,
     dtype: Any = None,
     verify: bool | None = None,
+    tolerance: float = torch_check.TOLERANCE,
     log: Callable[[str], None] = print,
 ) -> Merge:
     """Writes a LLaVA folder with the adapter merged: the sum in f32, one cast, and a table of what the cast cost.
@@ -105,6 +109,7 @@ def export_merged(
         base: as for `export_adapter`.
         dtype: of the weights; None keeps the formats of the backbone's files.
         verify: as for `export_adapter`, without peft.
+        tolerance: as for `export_adapter`; of weights that are not f32 the difference is only reported.
         log: takes a line of text.
 
     Returns:
@@ -113,6 +118,7 @@ def export_merged(
     Raises:
         UserError: as `export_adapter`, and for a backbone that is not the run's.
     """
+    torch_check.check_tolerance(tolerance)
     check_free(out)
     trained = open_trained(workdir, stage)
     id_ = trained.asked_task(task)
@@ -126,13 +132,15 @@ def export_merged(
         atomic_write_json(partial / RECORD, record(trained, kind="merged", task=_named(trained, id_, None), block=None))
         log(f"{trained.method.name}, stage {trained.folder.name}: {_what(trained, id_, None)} merged into {source.folder}")
         log(merge.report())
-        log(torch_check.checked(verify, lambda: torch_check.compare_merged(trained, source, partial, id_)))
+        log(torch_check.checked(verify, lambda: torch_check.compare_merged(trained, source, partial, id_, tolerance)))
 
     write_folder(source, out, dtype=dtype, change=merge, check=check, log=log)
     return merge
 
 
-def _compare(trained: Trained, base: str | None, folder: pathlib.Path, task: int, block: int | None, log: Callable[[str], None]) -> str:
+def _compare(
+    trained: Trained, base: str | None, folder: pathlib.Path, task: int, block: int | None, tolerance: float, log: Callable[[str], None]
+) -> str:
     """`torch_check.compare_adapter`; an adapter is written without the backbone, so that one that has moved is a reason, no error."""
     torch_check.modules("torch", "peft")
     try:
@@ -142,7 +150,7 @@ def _compare(trained: Trained, base: str | None, folder: pathlib.Path, task: int
             raise
         raise torch_check.CannotCompare(str(error)) from error
     say(log, warning)
-    return torch_check.compare_adapter(trained, source, folder, task, block)
+    return torch_check.compare_adapter(trained, source, folder, task, block, tolerance)
 
 
 def _folded(trained: Trained, task: int) -> PyTree:

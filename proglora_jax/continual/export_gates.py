@@ -47,6 +47,7 @@ def export_dynamic(
     stage: str | None = None,
     base: str | None = None,
     verify: bool | None = None,
+    tolerance: float = torch_check.TOLERANCE,
     log: Callable[[str], None] = print,
 ) -> None:
     """Writes all blocks of a stage with what gates them, and the torch module that generates the same tokens as ours.
@@ -57,12 +58,14 @@ def export_dynamic(
         stage: see `trained.open_trained`.
         base: folder of the backbone, where it is not where the run found it.
         verify: see `export.export_adapter`; gates, logits and generated tokens are compared.
+        tolerance: see there.
         log: takes a line of text.
 
     Raises:
         UserError: as `trained.open_trained`; "<stage>: <why the method's gates cannot be exported>; ..."; "<out>: is not empty ...";
             "<backbone>: transformers does not read the layout of original LLaVA; ..."; as `torch_check_gates.compare_dynamic`.
     """
+    torch_check.check_tolerance(tolerance)
     check_free(out)
     trained = open_trained(workdir, stage)
     try:
@@ -82,7 +85,7 @@ def export_dynamic(
         atomic_write_json(partial / RECORD, record(trained, kind="dynamic", task=None, block=None))
         log(f"{trained.method.name}, stage {trained.folder.name}: {len(names)} blocks of rank {trained.method.rank} and their gates "
             f"({', '.join(names)})")
-        log(torch_check.checked(verify, lambda: compare_dynamic(trained, source, partial)))
+        log(torch_check.checked(verify, lambda: compare_dynamic(trained, source, partial, tolerance)))
     log(f"wrote {out}; {MODULE} in it says how to use it")
 
 
@@ -102,12 +105,13 @@ def module_file() -> pathlib.Path:
 def _write_blocks(trained: Trained, routing: Routing, source: Source, folder: pathlib.Path) -> None:
     """The adapters, the router's tensors, and the projector."""
     method, state = trained.method, trained.state
+    alpha = method.scale * method.rank  # what the blocks ran with, though a method may leave the scale out
     blocks = {f"block_{index:02d}": method.block(state, index) for index in range(method.blocks(state))}
     if routing.shared:
         blocks[SHARED] = routing.shared
     for name, block in blocks.items():
         (folder / name).mkdir()
-        save_adapter(folder / name, jax.tree.map(np.asarray, block), method.alpha, {}, base=str(source.folder), dropout=method.dropout)
+        save_adapter(folder / name, jax.tree.map(np.asarray, block), alpha, {}, base=str(source.folder), dropout=method.dropout)
     write_file(folder / "routing.safetensors", _router_entries(routing))
     write_file(folder / "mm_projector.safetensors", linear_entries(jax.tree.map(np.asarray, state.params["mm_projector"])))
 

@@ -121,8 +121,10 @@ class Predictor:
         """Gates by the tasks whose blocks they weigh, or by number; slots that are still empty are left out."""
         if len(gates) == 1:
             return {}
-        by_task = self.trained.method.blocks_are_tasks and len(gates) == len(self.trained.meta["tasks"])
-        names = self.trained.tasks() if by_task else [f"block {index}" for index in range(len(gates))]
+        method = self.trained.method
+        by_task = method.blocks_are_tasks and len(gates) == len(self.trained.meta["tasks"])
+        unit = "block" if method.blocks_are_tasks else method.gate_unit  # an expert, a branch
+        names = self.trained.tasks() if by_task else [f"{unit} {index}" for index in range(len(gates))]
         return {name: float(gate) for name, gate in zip(names, gates)}
 
     def _longest(self) -> int:

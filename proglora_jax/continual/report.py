@@ -21,7 +21,7 @@ from proglora_jax.continual.report_tables import (
     settings_section,
     task_section,
 )
-from proglora_jax.continual.run_record import RunRecord, load_run, save_run, write_atomically
+from proglora_jax.continual.run_record import RunRecord, load_run, save_run, shared_modes, write_atomically
 from proglora_jax.data.errors import UserError
 from proglora_jax.evaluation.sequence import mean, standard_deviation
 
@@ -106,7 +106,7 @@ def compare_runs(runs: Sequence[str | os.PathLike[str] | RunRecord], labels: Seq
     groups: dict[str, list[RunRecord]] = {}
     for name, record in finished:
         groups.setdefault(name, []).append(record)
-    for mode in (mode for mode in finished[0][1].modes if all(mode in record.modes for _, record in finished)):
+    for mode in shared_modes([record for _, record in finished]):
         parts += [
             _metric_table(groups, mode),
             _task_table(groups, mode, "right after training", RunRecord.right_after),

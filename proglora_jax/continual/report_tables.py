@@ -12,6 +12,12 @@ from proglora_jax.methods.registry import METHODS
 
 ABSENT = "–"
 
+# Endings of scoring modes, and what they say.
+_OTHER_IMAGES = {
+    "_pad": "coin_pad, clean_pad: the same with every image padded to a square, as in training, also where CoIN's scripts crop.",
+    "_crop": "coin_crop, clean_crop: the same with images cropped where CoIN's scripts crop, not padded to a square as in training.",
+}
+
 METRIC_NAMES = (
     ("acc", "ACC (= MFN), mean accuracy at the end"),
     ("maa", "MAA, mean over stages of the mean so far"),
@@ -66,8 +72,10 @@ def matrix_section(record: RunRecord) -> Section | None:
             for stage, row in enumerate(accuracy)
         ]
         tables.append(Table(("after training on", *record.tasks), tuple(rows), f"Accuracy matrix, {mode} scoring"))
-    note = "coin: scored as CoIN's scripts do, defects included, comparable with published tables; clean: the same answers, sane parsing."
-    return Section("Accuracy matrix", (note,), tuple(pictures), tuple(tables))
+    notes = ["coin: scored as CoIN's scripts do, defects included, comparable with published tables; clean: the same answers, "
+             "sane parsing."]
+    notes += [text for ending, text in _OTHER_IMAGES.items() if any(mode.endswith(ending) for mode in record.modes)]
+    return Section("Accuracy matrix", tuple(notes), tuple(pictures), tuple(tables))
 
 
 def curves_section(record: RunRecord) -> Section | None:

@@ -13,7 +13,8 @@ import numpy as np
 
 import proglora_jax
 from proglora_jax.checkpoints.integrity import read_json
-from proglora_jax.continual.run_record import FILE, RunRecord, load_run, save_run
+from proglora_jax.continual.answering import other_images, scores_file
+from proglora_jax.continual.run_record import FILE, RunRecord, load_run, save_run, with_images
 from proglora_jax.continual.session import Session
 from proglora_jax.continual.stages import FINAL, Stage
 from proglora_jax.data.errors import UserError
@@ -64,20 +65,21 @@ def update(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
 
 def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
     """The record of the run, from what lies in the stages' folders."""
-    tasks, run = session.tasks, session.settings.run
-    matrix: dict[str, list] = {mode: [] for mode in MODES}
+    tasks, run, other = session.tasks, session.settings.run, session.settings.evaluate.also_image_mode
+    matrix: dict[str, list] = {mode: [] for mode in (*MODES, *(with_images(mode, other) for mode in MODES if other))}
     gates: dict[int, dict[str, list[float]]] = {}
     counts, seconds, ceilings = [], [], {}
     for stage in stages:
         folder = stage.folder(session.workdir)
-        scored = {task: _read(folder / "scores" / f"{tasks[task]}.json") for task in stage.evaluate}
+        scored = {task: _read(scores_file(folder, tasks[task])) for task in stage.evaluate}
         if all(score is None for score in scored.values()):
             break
+        images = {task: other_images(session.settings, tasks[task]) for task in stage.evaluate if other}
+        again = {task: _read(scores_file(folder, tasks[task], way)) for task, way in images.items()}
         for mode in MODES:
-            row = [None] * (max(stage.evaluate) + 1)
-            for task, score in scored.items():
-                row[task] = None if score is None else score["accuracy"][mode]
-            matrix[mode].append(row)
+            matrix[mode].append(_row(scored, mode))
+            if other:
+                matrix[with_images(mode, other)].append(_row(again, mode))
         known = {tasks[task]: score for task, score in scored.items() if score is not None}
         if any(len(score["gates"]) > 1 for score in known.values()):
             count = stage.index + 1 if session.method.blocks_are_tasks else None  # slots of later tasks are empty
@@ -85,7 +87,9 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
         ceilings |= {name: score["ceiling"]["coin"] for name, score in known.items()}
         meta = _read(folder / FINAL / "meta.json", checksum=False) or {}
         counts.append(meta.get("trainable", {}))
-        seconds.append({"train": meta.get("seconds", {}).get("train", 0.0), "evaluate": sum(score["seconds"] for score in known.values())})
+        twice = [score for task, score in again.items() if score is not None and images[task]]
+        spent = sum(score["seconds"] for score in (*known.values(), *twice))
+        seconds.append({"train": meta.get("seconds", {}).get("train", 0.0), "evaluate": spent})
     settings = {"learning rate": session.settings.train.learning_rate, "batch size": session.settings.train.batch_size,
                 "instruction set": session.settings.data.instruction_set, "protocol": run.protocol}
     settings |= {"published row": run.published_row} if run.published_row else {}
@@ -96,6 +100,14 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
         command=_command(session.workdir), versions=versions(), config_hash=config_hash(session.workdir),
         benchmark="coin_mini" if session.settings.data.benchmark == "embedded" else "CoIN", settings=settings,
     )
+
+
+def _row(scored: Mapping[int, Mapping[str, Any] | None], mode: str) -> list[float | None]:
+    """A row of the matrix from the scores by task."""
+    row: list[float | None] = [None] * (max(scored) + 1)
+    for task, score in scored.items():
+        row[task] = None if score is None else score["accuracy"][mode]
+    return row
 
 
 def read_isolated(session: Session) -> dict[str, float] | None:

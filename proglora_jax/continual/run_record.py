@@ -5,7 +5,9 @@ The file is one JSON object. Stages and blocks count from 0. A stage or score th
     method       str            name of the method
     seed         int
     tasks        [str]          names in training order
-    scoring      {mode: matrix} mode "coin", "clean"; matrix[stage][task] = accuracy in percent, rows up to the stage's own task
+    scoring      {mode: matrix} mode "coin", "clean", and "coin_pad" and the like where images were prepared in another way as well
+                                (config.evaluate.also_image_mode);
+                                matrix[stage][task] = accuracy in percent, rows up to the stage's own task
                                 (zero-shot and multi-task: one row with every task; isolated tasks: null before the own one)
     gates        {stage: {task: [float]}}   mean gate of each block over a task's questions, after that stage; {} for none
     isolated     {task: float} or null      accuracy (first mode's scoring) of training on each task alone
@@ -34,7 +36,18 @@ from proglora_jax.evaluation.scores import MODES
 from proglora_jax.evaluation.sequence import SequenceMetrics, diagonal, finished_stages, mean, metrics, triangle
 
 FILE = "results.json"
+_IMAGES = {"pad": "pad", "coin": "crop"}
 _REQUIRED = ("method", "seed", "tasks", "scoring")
+
+
+def with_images(mode: str, image_mode: str) -> str:
+    """Name of a scoring mode whose images were prepared by another config.evaluate.image_mode: "coin", "pad" -> "coin_pad"."""
+    return f"{mode}_{_IMAGES[image_mode]}"
+
+
+def shared_modes(records: Sequence[RunRecord]) -> tuple[str, ...]:
+    """The scoring modes that all records have, in the order of the first."""
+    return tuple(mode for mode in records[0].modes if all(mode in record.modes for record in records))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +211,8 @@ def _problems(content: Any) -> list[str]:
         return [f"tasks={tasks!r}: must be a list of at least one name"]
     if not isinstance(content["scoring"], dict) or not content["scoring"]:
         return [f"scoring={content['scoring']!r}: must be an object with at least one mode"]
-    found = [f"scoring.{mode}: unknown mode; use one of {', '.join(MODES)}" for mode in content["scoring"] if mode not in MODES]
+    modes = (*MODES, *(with_images(mode, images) for images in _IMAGES for mode in MODES))
+    found = [f"scoring.{mode}: unknown mode; use one of {', '.join(modes)}" for mode in content["scoring"] if mode not in modes]
     found += [line for mode, matrix in content["scoring"].items() for line in _matrix_problems(mode, matrix, len(tasks))]
     for name in ("isolated", *(f"baselines.{name}" for name in content.get("baselines") or {})):
         values = content.get("isolated") if name == "isolated" else content["baselines"][name.partition(".")[2]]

@@ -10,7 +10,7 @@ import numpy as np
 
 from proglora_jax.checkpoints.stage import save_checkpoint
 from proglora_jax.continual import results, similarity
-from proglora_jax.continual.answering import evaluate_task
+from proglora_jax.continual.answering import evaluate_task, other_images
 from proglora_jax.continual.phases import run_phases
 from proglora_jax.continual.probes import open_probe
 from proglora_jax.continual.session import Session
@@ -83,7 +83,7 @@ def _train_stage(
         session.settings.train.projector_init_per_task, state.params["mm_projector"], initial.params["mm_projector"], stage.index, seed)
     state = method.start_task(dataclasses.replace(state, params=state.params | {"mm_projector": projector}), info, probe)
     mask = check_contract(method, before.state if before else None, state, info)
-    counts = _announce(session, stage, stages, state, mask, alike)
+    counts = _announce(session, stage, stages, shapes.StageShapes(info, state, mask), alike)
 
     # ---- phases
     if own:
@@ -119,15 +119,14 @@ def _similarity(
     return embedding, similarity.similarities(earlier, embedding, session.settings.similarity.clamp), encoders.fingerprint
 
 
-def _announce(session: Session, stage: Stage, stages: tuple[Stage, ...], state: CLState, mask, alike: np.ndarray) -> dict[str, int]:
+def _announce(session: Session, stage: Stage, stages: tuple[Stage, ...], begun: shapes.StageShapes, alike: np.ndarray) -> dict[str, int]:
     """Prints what trains and what rests; returns the trainable parameters by group."""
-    base = session.llava.to_tree()
-    table = shapes.describe_parameters(state.params, mask, base, stage.index)
+    table = shapes.describe_parameters(session.method, begun, session.llava.to_tree())
     session.logger.message(f"\nstage {stage.number + 1} of {len(stages)}: {stage.name} with {session.method.name}\n{table}")
     if np.isfinite(alike).any():
         listed = ", ".join(f"{session.tasks[i]} {value:.3f}" for i, value in enumerate(alike))
         session.logger.message(f"similarity to the tasks before, by {session.settings.similarity.encoders}: {listed}")
-    return shapes.trainable_counts(state.params, mask)
+    return shapes.trainable_counts(begun.state.params, begun.mask)
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
@@ -138,13 +137,17 @@ def _evaluate_stage(session: Session, stage: Stage, done: Finished) -> None:
     params, memory = meshes.put_replicated((done.state.params, done.state.memory), session.mesh)
     state = dataclasses.replace(done.state, params=params, memory=memory)
     folder = stage.folder(session.workdir)
-    for task in stage.evaluate:
-        result, known = evaluate_task(session, state, done.digest, task, stage.local(task), folder)
+    asked = [(task, "") for task in stage.evaluate]
+    asked += [(task, other) for task in stage.evaluate if (other := other_images(session.settings, session.tasks[task]))]
+    for task, images in asked:
+        name, way = session.tasks[task], {"": "", "pad": ", images padded", "crop": ", images cropped"}[images]
+        result, known = evaluate_task(session, state, done.digest, task, stage.local(task), folder, images)
         shown = ", ".join(f"{mode} {value:.2f}" for mode, value in result["accuracy"].items())
-        session.logger.message(f"after stage {stage.number + 1} {stage.name}: {session.tasks[task]} {shown}")
+        session.logger.message(f"after stage {stage.number + 1} {stage.name}: {name} {shown}{way}")
         lost = {mode: value for mode, value in result["ceiling"].items() if value < 100.0}
-        if lost and not known:
+        if lost and not known and not images:
             listed = ", ".join(f"{mode} {value:.2f}" for mode, value in lost.items())
-            session.logger.message(f"{session.tasks[task]}: no answers could score more than {listed}, as the references do")
+            session.logger.message(f"{name}: no answers could score more than {listed}, as the references do")
         if not known:
-            session.logger.event("scores", stage=stage.number, phase="evaluate", task=session.tasks[task], **result["accuracy"])
+            told = {"images": images} if images else {}
+            session.logger.event("scores", stage=stage.number, phase="evaluate", task=name, **told, **result["accuracy"])

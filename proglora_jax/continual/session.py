@@ -34,7 +34,7 @@ from proglora_jax.training.attention_choice import choose_attention, model_optio
 from proglora_jax.training.log import RunLogger
 from proglora_jax.training.loop import StopSignal
 from proglora_jax.training.remat_choice import choose_remat, device_limit, in_words
-from proglora_jax.training.settings import Settings, batch_size_of
+from proglora_jax.training.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,7 +173,7 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("benchmark written")
-    files = {task: load_task(data.root, task, data.instruction_set) for task in tasks}
+    files = {task: load_task(data.root, task, data.instruction_set, data.on_bad_record) for task in tasks}
     _read_records(files, settings)
     remat = _remat(settings, config, tasks, mesh)
     llava = _load(source, settings, mesh)
@@ -188,9 +188,7 @@ def _remat(settings: Settings, config: LlavaConfig, tasks: tuple[str, ...], mesh
     if settings.model.remat != "auto":
         return settings.model.remat
     stages = plan_stages(tasks, settings.method, settings.run.protocol)
-    names = [stage.name for stage in stages][: 1 if stages[0].fresh else None]
-    batch = max(batch_size_of(settings.train, stage.name) for stage in stages)
-    return choose_remat(settings, config, names, batch, mesh, device_limit())
+    return choose_remat(settings, config, [stage.name for stage in stages], mesh, device_limit(), fresh=stages[0].fresh)
 
 
 def _check_folder(folder: str, config: LlavaConfig, tokenizer: Tokenizer, images: ImageSpec) -> None:

@@ -28,7 +28,7 @@ from proglora_jax.methods.lora import LoRA
 from proglora_jax.models.layers import Settings
 from proglora_jax.training.step import gate_inputs
 
-TOLERANCE = 1e-4  # of the largest logit, or absolute where that is below 1
+TOLERANCE = 1e-4  # how far a logit may be from ours, both in f32
 _TEXT = 24  # tokens around the image
 _ROOM = 1.3  # memory in use at the peak over the bytes of the weights in f32
 
@@ -57,7 +57,9 @@ def checked(verify: bool | None, compare: Callable[[], str]) -> str:
         return f"NOT verified: {reason}"
 
 
-def compare_adapter(trained: Trained, source: Source, folder: pathlib.Path, task: int, block: int | None) -> str:
+def compare_adapter(
+    trained: Trained, source: Source, folder: pathlib.Path, task: int, block: int | None, tolerance: float = TOLERANCE
+) -> str:
     """Loads the backbone with transformers and the adapter with peft, in f32, and compares logits on random tokens and an image.
 
     Returns:
@@ -73,10 +75,10 @@ def compare_adapter(trained: Trained, source: Source, folder: pathlib.Path, task
     inputs = _inputs(source)
     ours = _our_logits(trained, source, inputs, task, block)
     model = peft.PeftModel.from_pretrained(_load(transformers, torch, source.folder), str(folder)).eval()
-    return _verdict(folder, ours, _their_logits(torch, model, inputs), exact=True)
+    return _verdict(folder, ours, _their_logits(torch, model, inputs), tolerance)
 
 
-def compare_merged(trained: Trained, source: Source, folder: pathlib.Path, task: int) -> str:
+def compare_merged(trained: Trained, source: Source, folder: pathlib.Path, task: int, tolerance: float = TOLERANCE) -> str:
     """Loads the merged folder with transformers, in f32, and compares logits with the backbone plus the adapter, not merged.
 
     Where the folder's weights are not f32, the difference is that of the cast, and is only reported.
@@ -92,7 +94,7 @@ def compare_merged(trained: Trained, source: Source, folder: pathlib.Path, task:
     inputs = _inputs(source)
     ours = _our_logits(trained, source, inputs, task, None)
     exact = {tensor.format for tensor in find_source(folder).tensors.values()} <= {"F32", "F64"}
-    return _verdict(folder, ours, _their_logits(torch, _load(transformers, torch, folder), inputs), exact=exact)
+    return _verdict(folder, ours, _their_logits(torch, _load(transformers, torch, folder), inputs), tolerance if exact else None)
 
 
 def modules(*names: str) -> list[Any]:
@@ -204,18 +206,29 @@ def _their_logits(torch: Any, model: Any, inputs: dict[str, np.ndarray]) -> np.n
         return model(input_ids=tokens, pixel_values=pixels, attention_mask=torch.ones_like(tokens)).logits.float().numpy()
 
 
-def allowed(logits: np.ndarray) -> float:
-    """How far logits may be from those of the other side."""
-    return TOLERANCE * max(1.0, float(np.max(np.abs(logits))))
+def check_tolerance(tolerance: float) -> None:
+    """Refuses a tolerance of 0 or less, or that is no number.
+
+    Raises:
+        UserError: "--tolerance <t>: must be above 0 ..."
+    """
+    if not 0 < tolerance < float("inf"):
+        raise UserError(f"--tolerance {tolerance:g}: must be above 0, the largest difference of a logit that is allowed")
 
 
-def _verdict(folder: pathlib.Path, ours: np.ndarray, theirs: np.ndarray, *, exact: bool) -> str:
+def too_far(tolerance: float, largest: float) -> str:
+    """What is allowed, and what to do about it."""
+    rounding = f"f32 rounds to about {largest * 2**-24:.1g} in every sum, so a large model may need a larger --tolerance"
+    return f"{tolerance:g} is allowed, and the largest logit is {largest:.3g}: {rounding}"
+
+
+def _verdict(folder: pathlib.Path, ours: np.ndarray, theirs: np.ndarray, tolerance: float | None) -> str:
+    """The sentence on a comparison; without a tolerance the difference is only reported."""
     difference, largest = float(np.max(np.abs(ours - theirs))), float(np.max(np.abs(ours)))
-    limit = allowed(ours)
-    if exact and not difference < limit:
+    if tolerance is not None and not difference < tolerance:
         raise UserError(
-            f"{folder}: differs from our model by {difference:.3g} in its logits (the largest is {largest:.3g}, {limit:.3g} is allowed); "
-            "it was not kept. Please report this with the versions of torch, transformers and peft"
+            f"{folder}: differs from our model by {difference:.3g} in its logits ({too_far(tolerance, largest)}); it was not kept. Please "
+            "report this with the versions of torch, transformers and peft"
         )
-    why = "" if exact else ", most of it the cast of the merged weights"
-    return f"reloaded in torch: logits differ by {difference:.3g} at most{why} (the largest is {largest:.3g})"
+    limit = "most of it the cast of the merged weights" if tolerance is None else f"{tolerance:g} is allowed"
+    return f"reloaded in torch: logits differ by {difference:.3g} at most, {limit} (the largest is {largest:.3g})"

@@ -37,7 +37,7 @@ ASKED = (
 )
 
 
-def compare_dynamic(trained: Trained, source: Source, folder: pathlib.Path) -> str:
+def compare_dynamic(trained: Trained, source: Source, folder: pathlib.Path, tolerance: float = torch_check.TOLERANCE) -> str:
     """Loads the folder by its own torch module, in f32, and compares it with our model.
 
     Returns:
@@ -54,7 +54,7 @@ def compare_dynamic(trained: Trained, source: Source, folder: pathlib.Path) -> s
         questions = _questions(pathlib.Path(pictures))
         ours = _ours(trained, source, questions)
         theirs = _theirs(torch, load_module(folder / MODULE), folder, source, questions)
-    return _verdict(folder, ours, theirs)
+    return _verdict(folder, ours, theirs, tolerance)
 
 
 def load_module(path: pathlib.Path) -> Any:
@@ -117,7 +117,7 @@ def _theirs(torch: Any, module: Any, folder: pathlib.Path, source: Source, quest
     }  # fmt: skip
 
 
-def _verdict(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+def _verdict(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> str:
     def refuse(what: str) -> UserError:
         return UserError(f"{folder}: differs from our model in {what}; it was not kept. Please report this with the versions of torch and "
                          "transformers")
@@ -129,15 +129,16 @@ def _verdict(folder: pathlib.Path, ours: dict[str, Any], theirs: dict[str, Any])
     if not gates < GATE_TOLERANCE:
         raise refuse(f"its gates, by {gates:.3g} ({GATE_TOLERANCE:g} is allowed)")
     logits = max(float(np.max(np.abs(ours["logits"][row] - theirs["logits"][row]))) for row in rows)
-    limit = torch_check.allowed(np.concatenate(ours["logits"]))
-    if not logits < limit:
-        raise refuse(f"its logits, by {logits:.3g} ({limit:.3g} is allowed)")
+    largest = max(float(np.max(np.abs(one))) for one in ours["logits"])
+    if not logits < tolerance:
+        raise refuse(f"its logits, by {logits:.3g} ({torch_check.too_far(tolerance, largest)})")
     for row in rows:
-        if not _same_answer(ours["answers"][row], theirs["answers"][row], [step[row] for step in theirs["scores"]], theirs["end"], limit):
+        scores = [step[row] for step in theirs["scores"]]
+        if not _same_answer(ours["answers"][row], theirs["answers"][row], scores, theirs["end"], tolerance):
             raise refuse(f"what it generates ({theirs['answers'][row].tolist()}, ours {ours['answers'][row].tolist()})")
     count = sum(len(answer) for answer in ours["answers"])
     return (f"reloaded in torch: the same {count} tokens for {len(ASKED)} questions; gates differ by {gates:.3g} at most, logits differ by "
-            f"{logits:.3g} at most (the largest is {limit / torch_check.TOLERANCE:.3g})")
+            f"{logits:.3g} at most, {tolerance:g} is allowed (the largest is {largest:.3g})")
 
 
 def _same_answer(ours: np.ndarray, theirs: np.ndarray, scores: list[np.ndarray], end: int, limit: float) -> bool:

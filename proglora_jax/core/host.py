@@ -1,9 +1,11 @@
-"""The host: what is asked of its C library about freed memory, and where compiled programs are kept."""
+"""What a process settles with its host: freed memory is kept, no TPU is sought in vain, compiled programs have a folder."""
 
 from __future__ import annotations
 
 import ctypes
 import glob
+import importlib.metadata
+import importlib.util
 import os
 import sys
 
@@ -12,6 +14,27 @@ _ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -8, -4, -1, -2
 _SETTINGS = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 1 << 26))
 # Device files of NVIDIA and AMD GPUs and of TPUs.
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
+# Any of these says that somebody has settled where JAX runs, or where its TPU is.
+_NAMED = ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "TPU_LIBRARY_PATH")
+
+
+def settle_on_cpu() -> bool:
+    """Lets JAX take the CPU at once where libtpu is installed but no accelerator is there; call it before JAX is imported.
+
+    libtpu is also the compiler of `tools compile` and of the tests. Without a TPU each start would print its errors (accelerator type and
+    worker hostnames could not be determined) and go on with the CPU. A host counts as one without accelerator if it has no device file of
+    any, no plugin of JAX for another kind is installed, and no variable of the environment names a platform or a TPU.
+
+    Returns:
+        Whether that was done; False elsewhere, where nothing is changed.
+    """
+    if "jax" in sys.modules or any(name in os.environ for name in _NAMED) or importlib.util.find_spec("libtpu") is None:
+        return False
+    plugins = importlib.util.find_spec("jax_plugins") or importlib.metadata.entry_points(group="jax_plugins")
+    if plugins or not _cpu_only():
+        return False
+    os.environ["JAX_PLATFORMS"] = "cpu"  # processes that this one starts need not look either
+    return True
 
 
 def keep_freed_memory() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from proglora_jax.data.scans import BadRecord, Scan
 
 IMAGE_PLACEHOLDER = "<image>"
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+BAD_RECORD_POLICIES = ("stop", "skip_and_count")
+_BRACKETS = re.compile(r"\[[^\[\]]*\]")
 _KNOWN_QUESTION_KEYS = frozenset({"question_id", "id", "image", "text", "answer", "size"})
 
 
@@ -111,7 +114,9 @@ def read_json(path: str) -> object:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
-def read_examples(path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None) -> list[Example]:
+def read_examples(
+    path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None, *, boxes: bool = False, on_bad: str = "stop"
+) -> list[Example]:
     """Reads a training file.
 
     Unknown keys are ignored; gpt turns before the first human turn and an unanswered last human turn are dropped; a
@@ -123,11 +128,22 @@ def read_examples(path: str, task: str, image_root: str, image_aliases: Mapping[
         task: task name written into every record.
         image_root: folder that image paths are relative to.
         image_aliases: {first folder of an image path: folder that is really there}.
+        boxes: whether answers are boxes: one in brackets whose corners are not four numbers between 0 and 1 is refused.
+        on_bad: what becomes of records that are refused: "stop" names them in an error, "skip_and_count" leaves them out and logs
+            how many, and the first of them.
 
     Raises:
-        UserError: "<path>: N problem(s): record 3 (id 17): no 'conversations' list; ..."
+        UserError: "<path>: N problem(s): record 3 (id 17): no 'conversations' list; ...", "config.data.on_bad_record=x: ..."
     """
-    return _all_good(path, scan_examples(path, task, image_root, image_aliases))
+    if on_bad not in BAD_RECORD_POLICIES:
+        raise UserError(f"config.data.on_bad_record={on_bad}: choose one of {', '.join(BAD_RECORD_POLICIES)}")
+    scan = scan_examples(path, task, image_root, image_aliases, boxes=boxes)
+    if on_bad == "skip_and_count" and scan.bad and scan.records:
+        total = len(scan.records) + len(scan.bad)
+        logging.warning("%s: %d of %d records are left out (config.data.on_bad_record=skip_and_count): %s%s.", path, len(scan.bad), total,
+                        "; ".join(map(str, scan.bad[:3])), " ..." if len(scan.bad) > 3 else "")
+        scan = Scan(scan.records, scan.positions, [], scan.notes)
+    return _all_good(path, scan, "" if on_bad == "skip_and_count" else ", or set config.data.on_bad_record=skip_and_count")
 
 
 def read_questions(path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None) -> list[Question]:
@@ -139,13 +155,15 @@ def read_questions(path: str, task: str, image_root: str, image_aliases: Mapping
     return questions
 
 
-def scan_examples(path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None) -> Scan[Example]:
+def scan_examples(
+    path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None, *, boxes: bool = False
+) -> Scan[Example]:
     """As `read_examples`, but records that cannot be read are listed, and nothing is logged.
 
     Raises:
         UserError: for a file that is no list of records.
     """
-    return _scan(path, image_root, image_aliases, lambda *args: _example(*args, task=task))
+    return _scan(path, image_root, image_aliases, lambda *args: _example(*args, task=task, boxes=boxes))
 
 
 def scan_questions(path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None) -> Scan[Question]:
@@ -215,9 +233,9 @@ def _scan(path, image_root, image_aliases, parse) -> Scan:
     return scan
 
 
-def _all_good(path: str, scan: Scan) -> list:
+def _all_good(path: str, scan: Scan, more: str = "") -> list:
     """The records of a file without damage; repairs are logged."""
-    raise_collected([str(bad) for bad in scan.bad], path, "Repair or remove these records, or download the file again.")
+    raise_collected([str(bad) for bad in scan.bad], path, f"Repair or remove these records, or download the file again{more}.")
     for note, count in sorted(scan.notes.items()):
         logging.warning("%s: %d records: %s.", path, count, note)
     return scan.records
@@ -249,8 +267,10 @@ def _clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _example(record: Mapping, position: int, image: str | None, notes: Counter, *, task: str) -> Example:
+def _example(record: Mapping, position: int, image: str | None, notes: Counter, *, task: str, boxes: bool) -> Example:
     turns = _turns(record.get("conversations"), notes)
+    if boxes:
+        _check_boxes([gpt for _, gpt in turns])
     first = turns[0][0]
     count = first.count(IMAGE_PLACEHOLDER)
     if image is not None and count > 1:
@@ -263,6 +283,16 @@ def _example(record: Mapping, position: int, image: str | None, notes: Counter, 
         notes["'<image>' after the first turn (removed)"] += 1
     stripped = tuple((strip_placeholder(human), gpt) for human, gpt in turns)
     return Example(_record_id(record, position, "id", "question_id"), task, image, stripped)
+
+
+def _check_boxes(answers: list[str]) -> None:
+    """Training learns a box as text, so that nothing else would ever notice a bad one."""
+    for number, answer in enumerate(answers):
+        for box in _BRACKETS.findall(answer):
+            try:
+                parse_box(box)
+            except BoxError as error:
+                raise BoxError(f"answer of turn {number}: {error}") from error
 
 
 def strip_placeholder(text: str) -> str:

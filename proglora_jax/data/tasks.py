@@ -120,10 +120,11 @@ class TaskData:
         folder: folder with the task's JSON files.
         suffix: what stands before `.json` in their names ("" or "_new").
         image_root: folder that image paths are relative to.
+        on_bad: what becomes of training records that cannot be used, see `read_examples`.
     """
 
-    def __init__(self, task: Task, folder: str, suffix: str, image_root: str):
-        self.task, self.folder, self.suffix, self.image_root = task, folder, suffix, image_root
+    def __init__(self, task: Task, folder: str, suffix: str, image_root: str, on_bad: str = "stop"):
+        self.task, self.folder, self.suffix, self.image_root, self.on_bad = task, folder, suffix, image_root, on_bad
 
     def path(self, file: str) -> str:
         """Path of `train.json`, `test.json` or `val.json` of this task."""
@@ -131,10 +132,16 @@ class TaskData:
         aliased = os.path.join(self.folder, stem + self.suffix + extension)
         return aliased if os.path.exists(aliased) else os.path.join(self.folder, file)
 
+    @property
+    def answers_are_boxes(self) -> bool:
+        """Whether the task's answers are bounding boxes."""
+        return self.task.scorer == "grounding"
+
     @cached_property
     def train(self) -> list[Example]:
         """Training examples in file order. Raises: UserError as `read_examples` does."""
-        return read_examples(self.path("train.json"), self.task.name, self.image_root, self._image_aliases())
+        how = {"boxes": self.answers_are_boxes, "on_bad": self.on_bad}
+        return read_examples(self.path("train.json"), self.task.name, self.image_root, self._image_aliases(), **how)
 
     @cached_property
     def questions(self) -> list[Question]:
@@ -143,7 +150,8 @@ class TaskData:
 
     def scan_train(self) -> Scan[Example]:
         """The training file with its damage listed. Raises: UserError as `scan_examples` does."""
-        return scan_examples(self.path("train.json"), self.task.name, self.image_root, self._image_aliases())
+        aliases = self._image_aliases()
+        return scan_examples(self.path("train.json"), self.task.name, self.image_root, aliases, boxes=self.answers_are_boxes)
 
     def scan_questions(self) -> Scan[Question]:
         """The evaluation file with its damage listed. Raises: UserError as `scan_questions` does."""
@@ -166,13 +174,14 @@ class TaskData:
         return {usual: alias for alias in found}
 
 
-def load_task(root: str, task: str, instruction_set: str = "Original") -> TaskData:
+def load_task(root: str, task: str, instruction_set: str = "Original", on_bad_record: str = "stop") -> TaskData:
     """Finds a task's files under a data root; nothing is read yet.
 
     Args:
         root: holds `playground/Instructions_*` (or `Instructions_*`) and `cl_dataset`.
         task: task name.
         instruction_set: Original, Diverse or 10Type.
+        on_bad_record: what becomes of training records that cannot be used, see `read_examples`.
 
     Raises:
         UserError: "<root>: no folder for task GQA of instruction set Original; looked for ..."
@@ -188,7 +197,7 @@ def load_task(root: str, task: str, instruction_set: str = "Original") -> TaskDa
             present = [file for file in ("train", os.path.splitext(row.eval_file)[0])
                        if os.path.exists(os.path.join(folder, f"{file}{suffix}.json"))]
             if present:
-                return TaskData(row, folder, suffix, _image_root(root))
+                return TaskData(row, folder, suffix, _image_root(root), on_bad_record)
     raise UserError(
         f"{root}: no files for task {row.name} of instruction set {instruction_set}; looked for train.json or {row.eval_file} in "
         f"{', '.join(looked[:4])}; set config.data.root to the folder that holds playground/ and cl_dataset/"

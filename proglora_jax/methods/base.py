@@ -16,11 +16,11 @@ from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data.errors import UserError
 from proglora_jax.methods.routing import Routing
-from proglora_jax.methods.views import GateInputs, Passes, Phase, Probe, Replay, TaskInfo
+from proglora_jax.methods.views import Cost, GateInputs, Passes, Phase, Probe, Replay, TaskInfo
 
 ADAPTER, GATE, PROJECTOR = "adapter", "gate", "mm_projector"
 __all__ = [
-    "ADAPTER", "GATE", "PROJECTOR", "Adapter", "GateInputs", "Method", "Passes", "Phase", "Probe", "Replay", "TaskInfo",
+    "ADAPTER", "GATE", "PROJECTOR", "Adapter", "Cost", "GateInputs", "Method", "Passes", "Phase", "Probe", "Replay", "TaskInfo",
     "check_contract", "pooled_delta", "require", "require_choice",
 ]
 
@@ -205,6 +205,22 @@ class Method:
         """Old examples to train on in this stage, or None."""
         del info
         return None
+
+    def cost(self, params: PyTree, info: TaskInfo, phase: Phase | None) -> Cost:
+        """What the passes of a phase are made of, None for those that answer; `params` may be shapes."""
+        del info, phase
+        ranks = lowrank.ranks_of(params.get("block", {}))
+        return Cost(0, ranks, ranks)
+
+    def fill(self, params: PyTree, info: TaskInfo) -> dict[str, str]:
+        """{group of parameters with places for later tasks: how full it is when a task begins}."""
+        del params, info
+        return {}
+
+    def stored_parameters(self, state: CLState, info: TaskInfo) -> int:
+        """Parameters of the blocks of all tasks up to the current one, as the papers count what is stored; `state` may be shapes."""
+        del info
+        return trees.count_parameters(state.params.get("block", {}))
 
     def to_disk(self, state: CLState) -> dict[str, Any]:
         """What the stage's checkpoint holds; merged over the stages (later leaves win) it restores the state."""

@@ -15,7 +15,9 @@ from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
 from proglora_jax.data import replay
-from proglora_jax.methods.base import ADAPTER, GATE, PROJECTOR, GateInputs, Method, Passes, Probe, TaskInfo, require, require_choice
+from proglora_jax.methods.base import (
+    ADAPTER, GATE, PROJECTOR, Cost, GateInputs, Method, Passes, Phase, Probe, TaskInfo, require, require_choice,
+)
 
 KEY_DEVIATION = 0.02
 PER_TASK = ("router", "text_key", "image_key")
@@ -229,6 +231,15 @@ class BranchLoRA(Method):
         before = state.memory["frozen"]
         frozen = {name: jnp.maximum(before[name], most[:, place]) for place, name in enumerate(sorted(before))}
         return dataclasses.replace(state, memory={"frozen": frozen})
+
+    def cost(self, params: PyTree, info: TaskInfo, phase: Phase | None) -> Cost:
+        """One trunk and one router read, all branches write; every row has a router of its task at test."""
+        rank = self.rank // self.experts
+        return Cost(0, rank + self.experts, self.rank)
+
+    def stored_parameters(self, state: CLState, info: TaskInfo) -> int:
+        """Trunk and branches, the same ones for all tasks."""
+        return sum(trees.count_parameters(state.params[name]) for name in ("trunk", "branches"))
 
     def shown_gates(self, gates: PyTree, contexts: PyTree) -> jax.Array:
         """f32[B, E] mean gate of each branch over a prompt's positions, linears and layers."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from proglora_jax.core.types import CLState, PyTree, Targets
-from proglora_jax.methods.base import GateInputs, Passes, Probe, TaskInfo, require, require_choice
+from proglora_jax.methods.base import Cost, GateInputs, Passes, Phase, Probe, TaskInfo, require, require_choice
 from proglora_jax.methods.lora import LoRA
 from proglora_jax.methods.views import Pass
 
@@ -64,6 +64,13 @@ class LwF(LoRA):
         loss = passes.token_mean(self.distance(theirs, _seen(self.mode, passes.student)))
         distill = jnp.where(inputs.stage > 0, loss, 0.0)
         return self.distill_weight * distill, {"distill": distill}
+
+    def cost(self, params: PyTree, info: TaskInfo, phase: Phase | None) -> Cost:
+        """The teacher's pass, while a task after the first is trained."""
+        plain = super().cost(params, info, phase)
+        if phase is None or not info.index:
+            return plain
+        return dataclasses.replace(plain, teacher=plain.up, words="labels" if self.mode == "logits" else "")
 
     def distance(self, teacher: jax.Array, student: jax.Array) -> jax.Array:
         """f32[B, K] from scores f32[B, K, V] (or hidden states [B, K, D]) of both."""

@@ -15,6 +15,7 @@ from proglora_jax.core.types import CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
 from proglora_jax.methods.base import ADAPTER, GATE, PROJECTOR, GateInputs, Passes, Probe, TaskInfo, require, require_choice
 from proglora_jax.methods.pooled import Pooled
+from proglora_jax.methods.routing import Routing
 
 SHARPNESS = 8.0
 """Factor on the cosines before the softmax, as in the authors' code."""
@@ -111,6 +112,21 @@ class MoCL(Pooled):
     def fold(self, state: CLState, task: int) -> PyTree:
         """Not possible: the gates depend on each sample's instruction."""
         raise ValueError(f"{self.name} cannot be folded into one adapter: its gates are computed from each sample's instruction")
+
+
+    def routing(self, state: CLState) -> Routing:
+        """Cosines of the mean instruction embedding with the keys; eight times as sharp before the softmax.
+
+        Raises:
+            ValueError: with batch_mean, where a prompt's gates depend on the prompts beside it.
+        """
+        if self.batch_mean:
+            raise ValueError(f"{self.name} with config.method.batch_mean=True gates a prompt by the rows beside it as well")
+        stage, params = int(state.stage), state.params
+        keys = np.concatenate([np.asarray(params["keys"])[:stage], np.asarray(params["key"])[None]])  # [M, D]
+        softmax = self.weights == "softmax8"
+        temperature, weights = (1.0 / SHARPNESS, "softmax") if softmax else (1.0, "scores")
+        return Routing(keys, temperature, pool="mean", score="cosine", weights=weights)
 
 
 def _new_key(seed: int, index: int, width: int) -> jax.Array:

@@ -13,7 +13,7 @@ from proglora_jax.adapters import experts, lowrank
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
-from proglora_jax.methods.base import GateInputs, Method, TaskInfo, require, require_choice
+from proglora_jax.methods.base import Cost, GateInputs, Method, Phase, TaskInfo, require, require_choice
 
 
 def expert_gates(leaves: PyTree, context: PyTree, gates: PyTree, name: str, x: jax.Array, router_input: str) -> jax.Array:
@@ -107,6 +107,11 @@ class MoELoRA(Method):
         """f32[B, E] mean gate of each expert over a prompt's positions, linears and layers."""
         del gates
         return jnp.mean(jnp.stack([seen["mass"] for seen in contexts["linears"].values()]), axis=(0, 1))
+
+    def cost(self, params: PyTree, info: TaskInfo, phase: Phase | None) -> Cost:
+        """The routers read what the experts read."""
+        plain = super().cost(params, info, phase)
+        return dataclasses.replace(plain, down=plain.down + self.experts)
 
     def blocks(self, state: CLState) -> int:
         """The experts."""

@@ -15,7 +15,8 @@ from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
 from proglora_jax.data import replay
 from proglora_jax.data.errors import UserError
-from proglora_jax.methods.base import PROJECTOR, GateInputs, Method, Passes, Phase, Probe, TaskInfo, pooled_delta, require
+from proglora_jax.methods.base import PROJECTOR, Cost, GateInputs, Method, Passes, Phase, Probe, TaskInfo, pooled_delta, require
+from proglora_jax.methods.rank_compression import compress
 
 POOL = ("pool", "shared", "projector_pool", "projector_shared")
 NEWEST_FIRST = 10.0  # more than any score
@@ -123,8 +124,7 @@ class PCLR(Method):
         try:
             return rank_pool.schedule([self.new_ranks(index) for index in range(total)], self.capacity, self.progressive)
         except ValueError as error:
-            hint = "the paper's is 4 times rank and 8 times narrow_ranks"
-            raise UserError(f"config.method.capacity={self.capacity}: {error}; {hint}") from error
+            raise UserError(f"config.method.capacity={self.capacity}: {error}; the paper's is 4 x rank and 8 x narrow_ranks") from error
 
     # ---- state
 
@@ -137,8 +137,7 @@ class PCLR(Method):
             draw = lambda name, count: lowrank.init_block(trees.named_generator(seed, name, 0), where, count, self.a_init)  # noqa: B023
             ranks = {"block": draw(f"{prefix}block", self.rank), "shared": draw(f"{prefix}shared", self.shared_ranks),
                      "pool": lowrank.empty_pool(where, size, 1)}
-            # The projector has no axis of layers.
-            ranks = jax.tree.map(lambda leaf: leaf[0], ranks) if prefix else ranks
+            ranks = jax.tree.map(lambda leaf: leaf[0], ranks) if prefix else ranks  # the projector has no axis of layers
             params |= {prefix + name: leaf for name, leaf in ranks.items()}
         widths = {"text": targets.width, "image": projector["linear_1"]["kernel"].shape[0]}
         room = lambda count: {kind: jnp.zeros((targets.layers + 1, count, width), jnp.float32) for kind, width in widths.items()}
@@ -154,17 +153,16 @@ class PCLR(Method):
         state = dataclasses.replace(state, stage=jnp.int32(info.index))
         rows = replay.replay_indices(info.size, min(self.query_samples or info.size, info.size), info.seed, info.name)
         seen = probe(state, rows)
-        text = jnp.asarray(seen["text"]).mean(axis=0)
         image = jnp.asarray(seen["image"]).sum(axis=0) / jnp.maximum(jnp.asarray(seen["shown"]).sum(), 1)
+        query = {"text": jnp.asarray(seen["text"]).mean(axis=0), "image": image}
         params, count = state.params, self.turns(info.total)[info.index].before
-        new = {kind: jnp.broadcast_to(query, params["new_keys"][kind].shape) for kind, query in (("text", text), ("image", image))}
+        new = {kind: jnp.broadcast_to(mean, params["new_keys"][kind].shape) for kind, mean in query.items()}
         fresh = {"new_keys": new}
         if self.near_from and info.index + 1 >= self.near_from and count >= self.rank:
-            score = keys.rank_scores(keys.unit(text)[None], keys.unit(image)[None], params["keys"]["text"], params["keys"]["image"],
-                                     self._image_weight(params))[:, 0]  # [L + 1, C]
+            score = self._scores(params, {kind: keys.unit(mean)[None] for kind, mean in query.items()})[:, 0]  # [L + 1, C]
             places = jax.lax.top_k(jnp.where(jnp.arange(score.shape[-1]) < count, jnp.round(score, keys.DIGITS), -jnp.inf), self.rank)[1]
-            fresh |= {"block": rank_pool.gather(params["pool"], places[:-1])}
-            fresh |= {"projector_block": rank_pool.gather(params["projector_pool"], places[-1])}
+            gather = lambda name, where: rank_pool.gather(params[name], where)
+            fresh |= {"block": gather("pool", places[:-1]), "projector_block": gather("projector_pool", places[-1])}
         elif info.index:
             for name in ("block", "projector_block"):
                 fresh[name] = lowrank.init_like(trees.named_generator(info.seed, name, info.index), params[name], self.a_init)
@@ -202,32 +200,19 @@ class PCLR(Method):
         memory["queries"] = {kind: jnp.asarray(leaf).at[info.index].set(mean[kind]) for kind, leaf in memory["queries"].items()}
         memory |= {"count": jnp.int32(turn.merged), "origin": jnp.asarray(memory["origin"]).at[at].set(info.index)}
         state = dataclasses.replace(state, params=params | joined, memory=memory)
-        return self._compress(state, info, turn) if turn.every else state
-
-    def _compress(self, state: CLState, info: TaskInfo, turn: rank_pool.Turn) -> CLState:
-        """Drops ranks, moves the keys of the others toward the queries that need them, and sets the teacher up."""
-        params, memory, kept = state.params, dict(state.memory), turn.kept()
-        size = memory["origin"].shape[0]
-        if self.integrate:
-            newest = (jnp.arange(size) >= turn.before) & (jnp.arange(size) < turn.merged)
-            teacher = {name: params[name] for name in (*POOL, "keys")}
-            memory["teacher"] = teacher | {"count": memory["count"], "newest": newest, "sharing": memory["sharing"]}
-            memory["sharing"] = jnp.float32(1)
-        own = {kind: rank_pool.keep_rows(keys.unit(leaf), kept) for kind, leaf in params["keys"].items()}
-        asked = {kind: leaf[: info.index + 1] for kind, leaf in memory["queries"].items()}
-        score = keys.rank_scores(asked["text"], asked["image"], own["text"], own["image"], self._image_weight(params))  # [L + 1, t, C]
-        chosen = keys.top_ranks(score, jnp.arange(size) < len(kept), self.top_ranks)
-        own = {kind: keys.unit(leaf + jnp.einsum("ltr,td->lrd", chosen, asked[kind])) for kind, leaf in own.items()}
-        memory |= {"count": jnp.int32(len(kept)), "origin": rank_pool.keep_rows(memory["origin"][:, None], kept)[:, 0]}
-        smaller = {name: rank_pool.keep(params[name], kept) for name in ("pool", "projector_pool")}
-        carry = state.carry | ({"running": {"weights": jnp.ones(info.total, jnp.float32)}} if self.integrate else {})
-        return dataclasses.replace(state, params=params | smaller | {"keys": own}, memory=memory, carry=carry)
+        return compress(self, state, info, turn, POOL) if turn.every else state
 
     # ---- gates
 
-    def _image_weight(self, params: PyTree) -> float:
+    def image_weight_of(self, params: PyTree) -> float:
+        """Weight of the image's part of a score."""
         widths = [params["keys"][kind].shape[-1] for kind in ("image", "text")]
         return self.image_weight or widths[0] / widths[1]
+
+    def _scores(self, params: PyTree, query: PyTree) -> jax.Array:
+        """f32[L + 1, B, C] scores of the pool's ranks against unit queries."""
+        own = params["keys"]
+        return keys.rank_scores(query["text"], query["image"], own["text"], own["image"], self.image_weight_of(params))
 
     def queries(self, inputs: GateInputs) -> dict[str, jax.Array]:
         """{"text": f32[B, D], "image": f32[B, Dv]} unit queries of a batch; BOS counts as text."""
@@ -245,13 +230,13 @@ class PCLR(Method):
 
     def _parts(self, params: PyTree, memory: PyTree, query: PyTree, allowed: jax.Array, first: jax.Array | None = None) -> PyTree:
         """Gates f32[L + 1, B, 1, R] of the pool and the shared ranks for unit queries; ranks marked `first` go before the others."""
-        score = keys.rank_scores(query["text"], query["image"], params["keys"]["text"], params["keys"]["image"], self._image_weight(params))
+        score = self._scores(params, query)
         chosen = keys.top_ranks(score if first is None else score + NEWEST_FIRST * first, allowed, self.top_ranks)
         return {"pool": self.scale * chosen[:, :, None], "shared": self._shared(params, memory)}
 
     def _shared(self, params: PyTree, memory: PyTree) -> jax.Array:
-        ranks = next(iter(params["shared"].values()))["a"].shape[-1]
-        return jnp.full((params["keys"]["text"].shape[0], 1, 1, ranks), self.alpha / self.shared_ranks) * memory["sharing"]
+        gate = self.alpha / self.shared_ranks * memory["sharing"]
+        return jnp.full((params["keys"]["text"].shape[0], 1, 1, lowrank.ranks_of(params["shared"])), gate)
 
     def gates(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> PyTree:
         """Which ranks are on: by phase in training, at test the best of all for each sample."""
@@ -272,8 +257,7 @@ class PCLR(Method):
         parts = {"shared": self._shared(params, memory), "block": jnp.broadcast_to(self.scale * own, (pools, 1, 1, self.rank))}
         if narrow:  # the best old ones of the whole batch fill up
             query = self.queries(inputs)
-            score = keys.rank_scores(query["text"], query["image"], params["keys"]["text"], params["keys"]["image"],
-                                     self._image_weight(params)).mean(axis=1)  # [L + 1, C]
+            score = self._scores(params, query).mean(axis=1)  # [L + 1, C]
             old = keys.top_ranks(score, valid, self.top_ranks - self.narrow_ranks)
             parts["pool"] = self.scale * old[:, None, None]
         return {"parts": parts, "blocks": one}
@@ -329,6 +313,28 @@ class PCLR(Method):
     def probe(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> dict[str, jax.Array]:
         """Queries of samples, and whether they have an image."""
         return self.queries(inputs) | {"shown": inputs.image_mask.astype(jnp.float32)}
+
+    # ---- sizes
+
+    def cost(self, params: PyTree, info: TaskInfo, phase: Phase | None) -> Cost:
+        """Learning runs new and shared ranks (and old ones to fill up), integration the pool twice, and at test it runs alone."""
+        new, pool, shared = (lowrank.ranks_of(params[name]) for name in ("block", "pool", "shared"))
+        if phase is None or phase.kind == "integrate":
+            taught = {"teacher": pool + shared, "words": "all"} if phase else {}
+            return Cost(0, pool + shared, pool + shared, **taught)
+        return Cost(shared + (pool if phase.kind == "learn_narrow" else 0), new, new)
+
+    def fill(self, params: PyTree, info: TaskInfo) -> dict[str, str]:
+        """The ranks that the tasks before left."""
+        before, size = self.turns(info.total)[info.index].before, lowrank.ranks_of(params["pool"])
+        return dict.fromkeys(("pool", "projector_pool"), f"{before} of {size} ranks filled")
+
+    def stored_parameters(self, state: CLState, info: TaskInfo) -> int:
+        """Old ranks that no compression dropped, the task's own, and the shared ones from the first integration on; projector's too."""
+        turns, params = self.turns(info.total), state.params
+        own, shared = (trees.count_parameters((params[name], params[f"projector_{name}"])) for name in ("block", "shared"))
+        sharing = self.integrate and any(turn.every for turn in turns[: info.index])
+        return turns[info.index].merged * own // self.rank + (shared if sharing else 0)
 
     # ---- disk and export
 

@@ -13,7 +13,7 @@ import numpy as np
 from proglora_jax.adapters import lowrank
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import CLState, PyTree, Targets
-from proglora_jax.methods.base import Method, Probe, TaskInfo, require, require_choice
+from proglora_jax.methods.base import Cost, Method, Phase, Probe, TaskInfo, require, require_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,18 @@ class Pooled(Method):
         """Capacity of the pool, from its shapes."""
         first = next(iter(params["pool"].values()))
         return first["a"].shape[-1] // self.rank
+
+    def cost(self, params: PyTree, info: TaskInfo, phase: Phase | None) -> Cost:
+        """The slots of the pool rest."""
+        return dataclasses.replace(super().cost(params, info, phase), frozen=lowrank.ranks_of(params["pool"]))
+
+    def fill(self, params: PyTree, info: TaskInfo) -> dict[str, str]:
+        """A slot per earlier task."""
+        return {"pool": f"{info.index} of {self.pool_slots(params)} slots filled"}
+
+    def stored_parameters(self, state: CLState, info: TaskInfo) -> int:
+        """One block per task."""
+        return (info.index + 1) * super().stored_parameters(state, info)
 
     def to_disk(self, state: CLState) -> dict[str, Any]:
         """The stage's new block, and the other parameters but not the pool (its blocks lie in the earlier stages)."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from proglora_jax.core import stack
+from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.methods.base import TaskInfo, require, require_choice
 from proglora_jax.methods.proglora import ProgLoRADynamic
@@ -66,6 +67,10 @@ class ProgLoRALight(ProgLoRADynamic):
         if self.bottom != "none":
             params["shared"] = cut(state.params["block"], slice(0, 1 if self.tie_bottom_layers else low))
         return dataclasses.replace(state, params=params)
+
+    def stored_parameters(self, state: CLState, info: TaskInfo) -> int:
+        """One upper block per task, and the shared block."""
+        return super().stored_parameters(state, info) + trees.count_parameters(state.params.get("shared", {}))
 
     def trainable(self, info: TaskInfo) -> tuple[str, ...]:
         """The full variant's, and the shared block."""

@@ -209,6 +209,14 @@ class SEMA(Pooled):
             return state
         return self._grow(state, info, self.features(state, info, probe))
 
+    def stored_parameters(self, state: CLState, info: TaskInfo) -> int:
+        """Modules of the layers that grew; where `state` is shapes, as if every task had grown all that may."""
+        modules, layers = state.memory["modules"], state.params["row"].shape[0]
+        one = trees.count_parameters(state.params["block"]) // layers
+        if isinstance(modules, jax.ShapeDtypeStruct):
+            return one * (layers + info.index * self.growing(layers))
+        return one * int(np.sum(np.asarray(modules)))
+
     def trainable(self, info: TaskInfo) -> tuple[str, ...]:
         """Of the first phase: the task's modules and router rows (those that are new, see `update_factors`)."""
         del info

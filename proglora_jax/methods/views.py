@@ -105,6 +105,26 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a method adds to the backbone's passes, for estimates of memory and work; widths are those of every adapted linear.
+
+    Attributes:
+        frozen: ranks that rest.
+        down: columns that train on the side of the input: those of A, and of a router.
+        up: rows that train on the side of the output: those of B.
+        teacher: ranks of one more forward pass without gradient; 0 where there is none.
+        words: whose scores the two passes are compared by: "labels" (the supervised positions, all held), "all" (every position, piece
+            by piece, computed again for the gradient) or "" where hidden states are compared, or nothing is.
+    """
+
+    frozen: int = 0
+    down: int = 0
+    up: int = 0
+    teacher: int = 0
+    words: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Replay:
     """Which old examples are mixed into a stage's data.
 

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from proglora_jax.adapters.distill import CHUNK
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
+from proglora_jax.methods.views import Cost
 from proglora_jax.models.llava import Llava
 from proglora_jax.training.programs import trace_train_step
 from proglora_jax.training.settings import Settings
@@ -56,14 +58,15 @@ def training_memory(settings: Settings, llava: Llava, stage: StageShapes, load: 
     Args:
         settings: the config.
         llava: from `shapes.abstract_backbone`.
-        stage: a stage of `shapes.abstract_stages`.
+        stage: a phase of a stage of `shapes.abstract_stages`.
         load: what the device computes at once.
         mesh: from `meshes.abstract_mesh`, or a real one.
     """
     trainable, frozen = trees.partition(stage.state.params, stage.mask)
     size = trees.count_bytes(trainable)
     copies = 1 if settings.train.micro_batches == 1 else 2  # the sum so far, and the newest part's
-    kept, work = activation_bytes(settings, llava, ranks_of(stage)[0], load)
+    cost = settings.method.cost(stage.state.params, stage.info, stage.phase)
+    kept, work = activation_bytes(settings, llava, cost, load)
     return [
         Part("frozen backbone", backbone_bytes(llava, mesh)),
         Part("frozen blocks and keys", trees.count_bytes(frozen)),
@@ -108,17 +111,12 @@ def backbone_bytes(llava: Llava, mesh: Any) -> int:
     return count
 
 
-def ranks_of(stage: StageShapes) -> tuple[int, int]:
-    """Ranks of all blocks that a linear has, and of those that train; (0, 0) without an adapter."""
-    widths = {}
-    for name in ("block", "pool"):
-        first = next(iter(stage.state.params.get(name, {}).values()), None)
-        widths[name] = first["a"].shape[-1] if first else 0
-    return widths["block"] + widths["pool"], widths["block"]
+def activation_bytes(settings: Settings, llava: Llava, cost: Cost, load: Load) -> tuple[float, float]:
+    """(what is kept for the backward pass over all layers, the working set of the layer at hand), bytes of one device.
 
-
-def activation_bytes(settings: Settings, llava: Llava, ranks: int, load: Load) -> tuple[float, float]:
-    """(what is kept for the backward pass over all layers, the working set of the layer at hand), bytes of one device."""
+    A teacher's pass comes before the backward pass and keeps nothing of its layers: only what it is compared by stays.
+    """
+    ranks = cost.frozen + cost.down
     text, policy, width = llava.config.text_config, settings.model.remat, jnp.dtype(settings.model.dtype).itemsize
     hidden, inner = text.hidden_size, text.intermediate_size
     heads, narrow = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
@@ -138,7 +136,10 @@ def activation_bytes(settings: Settings, llava: Llava, ranks: int, load: Load) -
     kept = tokens * text.num_hidden_layers * (width * hidden + saved[policy])
     again = max(0, width * (attended + mlp) + low_rank - saved[policy])
     work = tokens * (3.5 * width * (inputs + outputs) + 1.6 * again + 2.2 * 4 * scores)
-    head = 3 * 4 * load.rows * load.labels * text.vocab_size
+    # Scores that exist at once, those of a teacher too (counted in compiled steps: 2, 6 and 4; the first is rounded up).
+    scored = {"": 3 * load.labels, "labels": 6 * load.labels, "all": 4 * CHUNK}[cost.words]
+    head = 4 * load.rows * scored * text.vocab_size
+    kept += tokens * width * hidden * (cost.words == "all")  # the teacher's last states
     return kept, max(work, head)
 
 

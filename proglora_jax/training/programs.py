@@ -24,7 +24,7 @@ def trace_train_step(settings: Settings, llava: Llava, stage: StageShapes, rows:
     Args:
         settings: the config.
         llava: from `shapes.abstract_backbone`.
-        stage: a stage of `shapes.abstract_stages`.
+        stage: a stage of `shapes.abstract_stages`, or one of its phases.
         rows: rows of a whole batch.
         bucket: (positions, label slots).
         mesh: of devices that are there, or of a topology that is only described (`meshes.described_devices`).
@@ -33,9 +33,10 @@ def trace_train_step(settings: Settings, llava: Llava, stage: StageShapes, rows:
     trainable, frozen = trees.partition(stage.state.params, stage.mask)
     moments = jax.eval_shape(optim.transform(settings.train).init, trainable)
     batch = shapes.abstract_batch(rows, bucket, llava.config.vision_config.image_size)
-    step = make_train_step(settings.method, settings.train, settings.model.remat, False, mesh)
+    step = make_train_step(settings.method, settings.train, settings.model.remat, False, mesh, stage.phase.program())
     held = [placed(part, same) for part in (trainable, moments, frozen, stage.state.memory)]
-    return step.trace(*held, place_backbone(llava, mesh), placed(batch, meshes.batch_sharding(mesh)), placed(_control(settings), same))
+    control = placed(_control(settings, stage), same)
+    return step.trace(*held, place_backbone(llava, mesh), placed(batch, meshes.batch_sharding(mesh)), control)
 
 
 def trace_generator(settings: Settings, llava: Llava, stage: StageShapes, rows: int, positions: int, new_tokens: int, mesh: Mesh) -> Any:
@@ -68,11 +69,11 @@ def place_backbone(llava: Llava, mesh: Mesh) -> Llava:
     return Llava.from_tree(llava.config, trees.unflatten(tree), llava.settings)
 
 
-def _control(settings: Settings) -> PyTree:
+def _control(settings: Settings, stage: StageShapes) -> PyTree:
     """What a step is told beside its batch, as shapes."""
     rates = optim.learning_rates(settings.train, settings.method, 0, 1)
     return {
         "stage": jax.ShapeDtypeStruct((), jnp.int32), "step": jax.ShapeDtypeStruct((), jnp.int32),
         "progress": jax.ShapeDtypeStruct((), jnp.float32), "key": jax.eval_shape(lambda: jax.random.key(0)),
-        "rates": {name: jax.ShapeDtypeStruct((), jnp.float32) for name in rates}, "running": {},
+        "rates": {name: jax.ShapeDtypeStruct((), jnp.float32) for name in rates}, "running": stage.state.carry.get("running", {}),
     }

@@ -14,7 +14,7 @@ from proglora_jax.models.llava import Llava
 from proglora_jax.models.presets import LlavaConfig
 from proglora_jax.training import memory, shapes
 from proglora_jax.training.memory import Load
-from proglora_jax.training.settings import Settings
+from proglora_jax.training.settings import Settings, batch_size_of
 from proglora_jax.training.shapes import StageShapes
 from proglora_jax.training.step import Remat
 
@@ -24,24 +24,30 @@ UNKNOWN = "qkvo_mlp"
 """Where nobody says how much memory there is: only norms, rotations and activations are computed again."""
 
 
-def policy_for(settings: Settings, llava: Llava, stage: StageShapes, load: Load, mesh: Any, limit: float) -> str:
+def policy_for(
+    settings: Settings, llava: Llava, phases: Sequence[tuple[StageShapes, int]], bucket: tuple[int, int], mesh: Any, limit: float
+) -> str:
     """The policy for one padded length; what the config names stays.
 
     Args:
         settings: the config.
         llava: from `shapes.abstract_backbone`.
-        stage: the largest stage.
-        load: what a device computes at once.
+        phases: those that train the language model, each with its rows that a device computes at once.
+        bucket: (positions, label slots).
         mesh: any mesh.
         limit: bytes of a device, 0 where unknown.
     """
     if settings.model.remat != "auto":
         return settings.model.remat
-    if not limit:
+    if not limit or not phases:
         return UNKNOWN
-    need = lambda policy: memory.total(memory.training_memory(with_policy(settings, policy), llava, stage, load, mesh))
-    fitting = (policy for policy in KEEPS_MOST_FIRST if need(policy) <= memory.USABLE * limit)
-    return next(fitting, KEEPS_MOST_FIRST[-1])
+
+    def fits(policy: str) -> bool:
+        own = with_policy(settings, policy)
+        held = (memory.training_memory(own, llava, phase, Load(rows, *bucket), mesh) for phase, rows in phases)
+        return max(map(memory.total, held)) <= memory.USABLE * limit
+
+    return next(filter(fits, KEEPS_MOST_FIRST), KEEPS_MOST_FIRST[-1])
 
 
 def with_policy(settings: Settings, policy: str) -> Settings:
@@ -49,24 +55,28 @@ def with_policy(settings: Settings, policy: str) -> Settings:
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, remat=policy))
 
 
-def choose_remat(settings: Settings, config: LlavaConfig, stages: Sequence[str], batch: int, mesh: Any, limit: float) -> Remat:
+def choose_remat(
+    settings: Settings, config: LlavaConfig, stages: Sequence[str], mesh: Any, limit: float, *, fresh: bool = False
+) -> Remat:
     """The policies of a run by padded length, or the one that the config names.
 
     Args:
         settings: the config, attention chosen.
         config: sizes of the backbone.
-        stages: names of the stages of one sequence.
-        batch: rows of the largest step.
+        stages: names of the stages in order.
         mesh: of the run.
         limit: bytes of a device, the same in all processes; 0 where unknown.
+        fresh: whether each stage is a sequence of its own.
     """
     if settings.model.remat != "auto":
         return settings.model.remat
-    llava = shapes.abstract_backbone(config, settings.model)
-    *_, stage = shapes.abstract_stages(settings.method, llava, stages, [1000] * len(stages), mesh)
-    own = [phase.batch_size for phase in settings.method.phases(stage.info) if not phase.features]
-    rows = -(-max([*own, batch]) // (settings.train.micro_batches * meshes.batch_ways(mesh)))
-    return {bucket[0]: policy_for(settings, llava, stage, Load(rows, *bucket), mesh, limit) for bucket in settings.data.buckets}
+    llava, ways = shapes.abstract_backbone(config, settings.model), settings.train.micro_batches * meshes.batch_ways(mesh)
+    names = stages[:1] if fresh else stages  # what a stage holds does not depend on its task
+    begun = shapes.abstract_stages(settings.method, llava, names, [1000] * len(names), mesh)
+    phases = [phase for stage in begun for phase in stage.phases if not phase.phase.features]
+    batch = max(batch_size_of(settings.train, name) for name in stages)
+    rows = [(phase, -(-(phase.phase.batch_size or batch) // ways)) for phase in phases]
+    return {bucket[0]: policy_for(settings, llava, rows, bucket, mesh, limit) for bucket in settings.data.buckets}
 
 
 def in_words(remat: Remat) -> str:

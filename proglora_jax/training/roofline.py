@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from proglora_jax.core.types import Targets
+from proglora_jax.methods.views import Cost
 from proglora_jax.models.presets import LlavaConfig
 
 # What the backward pass computes again of a layer's forward pass: names of linears, "attention", "low_rank". Not even "full" has
@@ -21,7 +22,7 @@ class Work:
 
     Attributes:
         model: what any implementation must do, the numerator of MFU: linears forward and backward through frozen weights (4 per
-            parameter and token), causal attention, and the head at the supervised positions.
+            parameter and token), causal attention, the head at the positions whose words are scored, and a teacher's forward pass.
         total: what this one does: also the vision tower, the projector, the adapter, and what the remat policy computes again.
     """
 
@@ -29,7 +30,7 @@ class Work:
     total: float
 
 
-def training_work(config: LlavaConfig, targets: Targets, positions: int, labels: int, remat: str, ranks: int, own_ranks: int) -> Work:
+def training_work(config: LlavaConfig, targets: Targets, positions: int, labels: int, remat: str, cost: Cost) -> Work:
     """One row's forward and backward pass with a frozen backbone.
 
     Args:
@@ -38,30 +39,32 @@ def training_work(config: LlavaConfig, targets: Targets, positions: int, labels:
         positions: T, image included.
         labels: supervised positions, K.
         remat: rematerialisation policy.
-        ranks: ranks of all blocks together.
-        own_ranks: those that train.
+        cost: what the method adds.
     """
     text = config.text_config
     linears = {name: d_in * d_out * text.num_hidden_layers for name, (d_in, d_out) in targets.linears.items()}
     forward = 2 * sum(linears.values()) * positions
     mixing = _attention(config, positions)
-    head = 2 * labels * text.hidden_size * text.vocab_size
-    width = text.num_hidden_layers * sum(d_in + d_out for d_in, d_out in targets.linears.values())
-    low_rank = 2 * width * ranks * positions
-    model = 2 * forward + 3 * mixing + 2 * head
+    head = 2 * (positions if cost.words == "all" else labels) * text.hidden_size * text.vocab_size
+    low_rank = _low_rank(config, targets, cost.frozen + cost.down, cost.frozen + cost.up) * positions
+    projected = 2 * config.image_tokens * (config.vision_config.hidden_size * text.hidden_size + text.hidden_size**2)
+    taught = (forward + mixing + head * bool(cost.words)) * (cost.teacher > 0)
+    model = 2 * forward + 3 * mixing + 2 * head + taught
     again = sum(2 * linears.get(name, 0) * positions for name in _AGAIN[remat])
     again += mixing * ("attention" in _AGAIN[remat]) + low_rank * ("low_rank" in _AGAIN[remat])
-    adapter = 2 * low_rank + 2 * width * own_ranks * positions
-    projected = 2 * config.image_tokens * (config.vision_config.hidden_size * text.hidden_size + text.hidden_size**2)
+    again += 2 * head * (cost.words == "all")  # of both passes, since these scores never exist at once
+    adapter = 2 * low_rank + _low_rank(config, targets, cost.down, cost.up) * positions
+    if cost.teacher:
+        adapter += _low_rank(config, targets, cost.teacher, cost.teacher) * positions + projected
     projector = 2 * projected + 2 * config.image_tokens * text.hidden_size**2  # no gradient goes into the vision tower
     return Work(model, model + again + adapter + vision_work(config) + projector)
 
 
-def prefill_work(config: LlavaConfig, targets: Targets, positions: int, ranks: int) -> float:
+def prefill_work(config: LlavaConfig, targets: Targets, positions: int, cost: Cost) -> float:
     """Operations of reading one prompt, its image included; new tokens are bound by memory and not counted."""
-    text = config.text_config
-    per_token = sum(d_in * d_out + ranks * (d_in + d_out) for d_in, d_out in targets.linears.values()) * text.num_hidden_layers
-    return 2 * per_token * positions + _attention(config, positions) + vision_work(config)
+    per_token = 2 * sum(d_in * d_out for d_in, d_out in targets.linears.values()) * config.text_config.num_hidden_layers
+    per_token += _low_rank(config, targets, cost.frozen + cost.down, cost.frozen + cost.up)
+    return per_token * positions + _attention(config, positions) + vision_work(config)
 
 
 def vision_work(config: LlavaConfig) -> float:
@@ -70,6 +73,11 @@ def vision_work(config: LlavaConfig) -> float:
     tokens = vision.num_patches + 1
     linears = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
     return config.vision_layers_run * (2 * linears * tokens + 4 * tokens**2 * vision.hidden_size)
+
+
+def _low_rank(config: LlavaConfig, targets: Targets, down: int, up: int) -> float:
+    """One pass of a token through factors of so many columns and rows, in all layers."""
+    return 2 * sum(d_in * down + d_out * up for d_in, d_out in targets.linears.values()) * config.text_config.num_hidden_layers
 
 
 def _attention(config: LlavaConfig, positions: int) -> float:

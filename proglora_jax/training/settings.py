@@ -66,6 +66,8 @@ class DataSettings:
         max_labels: most supervised tokens per record; 0 means no limit.
         grouping: "modality_length" (CoIN's), "bucket" or "none", see `data.plan.plan_batches`.
         remainder: "drop" or "wrap" the last partial batch of an epoch.
+        on_bad_record: "stop", or "skip_and_count" to leave training records out that cannot be read, or whose box is not four numbers
+            from 0 to 1; questions are never left out.
         on_bad_image: "raise", or "blank" to put the mean colour in its place and count it.
         on_unsupervised: "raise", or "drop" records without a supervised token and count them.
         empty_answer: "drop" leaves a turn with an empty answer out, "eos" supervises its end alone.
@@ -88,6 +90,7 @@ class DataSettings:
     max_labels: int = 0
     grouping: str = "modality_length"
     remainder: str = "drop"
+    on_bad_record: str = "stop"
     on_bad_image: str = "raise"
     on_unsupervised: str = "drop"
     empty_answer: str = "drop"
@@ -150,6 +153,8 @@ class EvalSettings:
         max_new_tokens: cap on an answer; 0 takes each task's own from the table.
         prompt_lengths: prompt positions that batches are padded to, image included, in growing order.
         image_mode: "coin" (centre crop where CoIN's scripts crop) or "pad" (as in training).
+        also_image_mode: the other one, to ask every task whose images it prepares otherwise once more and to report both; "" for none.
+            A finished run to which it is added is only asked.
         subset_size: questions per task, chosen by a stable hash; 0 takes all.
         subset_seed: seed of that choice.
         imagenet_empty_ok: an empty ImageNet answer counts as right in the mode "coin", as in CoIN's script.
@@ -160,6 +165,7 @@ class EvalSettings:
     max_new_tokens: int = 0
     prompt_lengths: tuple = (704, 1024, 2048)
     image_mode: str = "coin"
+    also_image_mode: str = ""
     subset_size: int = 0
     subset_seed: int = 0
     imagenet_empty_ok: bool = True

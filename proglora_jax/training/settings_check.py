@@ -43,6 +43,7 @@ def check_settings(settings: Any) -> None:
         _one_of("data.template", data.template, tuple(TEMPLATES)),
         _one_of("data.grouping", data.grouping, GROUPINGS),
         _one_of("data.remainder", data.remainder, ("drop", "wrap")),
+        _one_of("data.on_bad_record", data.on_bad_record, ("stop", "skip_and_count")),
         _one_of("data.on_bad_image", data.on_bad_image, ("raise", "blank")),
         _one_of("data.on_unsupervised", data.on_unsupervised, ("raise", "drop")),
         _one_of("data.empty_answer", data.empty_answer, ("drop", "eos")),
@@ -65,6 +66,7 @@ def check_settings(settings: Any) -> None:
         (_is_whole(evaluate.prompt_lengths), "evaluate.prompt_lengths", evaluate.prompt_lengths,
          "must be a list of whole numbers"),
         _one_of("evaluate.image_mode", evaluate.image_mode, ("coin", "pad")),
+        _one_of("evaluate.also_image_mode", evaluate.also_image_mode, ("", *({"coin", "pad"} - {evaluate.image_mode}))),
         *(_at_least(f"evaluate.{name}", getattr(evaluate, name), least) for name, least in {
             "batch_size": 1, "max_new_tokens": 0, "subset_size": 0, "subset_seed": 0}.items()),
         _one_of("similarity.encoders", settings.similarity.encoders, ("backbone", "vit_bert")),

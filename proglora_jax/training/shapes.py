@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import CLState, PyTree
 from proglora_jax.data.batch import collate
-from proglora_jax.methods.base import Method, TaskInfo
+from proglora_jax.methods.base import Method, Phase, TaskInfo
 from proglora_jax.methods.views import Probe
 from proglora_jax.models.llava import Llava, abstract_llava
 from proglora_jax.models.presets import LlavaConfig
@@ -25,11 +25,21 @@ from proglora_jax.training.step import make_probe
 
 
 class StageShapes(NamedTuple):
-    """A stage as its training begins: the task, the state (leaves are shapes), and {path: whether it trains}."""
+    """A stage as its training begins, or as one of its phases does.
+
+    Attributes:
+        info: the task.
+        state: its leaves are shapes.
+        mask: {path: whether it trains}.
+        phase: the phase; of a stage as a whole, the first one of the language model.
+        phases: each phase of the stage on its own; empty for one of these.
+    """
 
     info: TaskInfo
     state: CLState
     mask: Mapping[str, bool]
+    phase: Phase = Phase()
+    phases: tuple[StageShapes, ...] = ()
 
 
 def abstract_backbone(config: LlavaConfig, settings: ModelSettings) -> Llava:
@@ -59,11 +69,14 @@ def abstract_stages(method: Method, llava: Llava, tasks: Sequence[str], sizes: S
     probe = abstract_probe(method, llava, mesh)
     for index, (name, size) in enumerate(zip(tasks, sizes, strict=True)):
         info = TaskInfo(index, name, total, size, np.zeros(index, np.float32), trees.SHAPES_ONLY)
-        state = jax.eval_shape(lambda state: method.start_task(state, info, probe), state)
-        yield StageShapes(info, state, method.trainable_mask(state, info))
+        begun = state = jax.eval_shape(lambda state: method.start_task(state, info, probe), state)
+        phases = []
+        for phase in method.phases(info) if size else ():
+            phases.append(StageShapes(info, state, method.phase_mask(state, info, phase), phase))
+            state = jax.eval_shape(lambda state: method.after_phase(state, info, phase, probe), state)
+        first = next((one.phase for one in phases if not one.phase.features), Phase())
+        yield StageShapes(info, begun, method.trainable_mask(begun, info), first, tuple(phases))
         if size:
-            for phase in method.phases(info):
-                state = jax.eval_shape(lambda state: method.after_phase(state, info, phase, probe), state)
             state = jax.eval_shape(lambda state: method.end_task(state, info, probe), state)
 
 
@@ -82,21 +95,11 @@ def abstract_probe(method: Method, llava: Llava, mesh: Mesh) -> Probe:
     return Probe(samples, squared_gradients, lambda task: Probe(samples, squared_gradients))
 
 
-def parameter_rows(params: PyTree, mask: Mapping[str, bool], backbone: Mapping[str, Any], stage: int) -> list[ParameterRow]:
-    """One row per group of parameters that train or rest together: the method's first, then the backbone's.
-
-    Args:
-        params: the state's parameters; arrays or shapes.
-        mask: {path: whether it trains}.
-        backbone: the frozen model's tree.
-        stage: index of the stage: so many slots of a pool are filled.
-    """
-    rows = []
-    for (name, trains), leaves in _groups(params, mask).items():
-        label = name
-        if name == "pool" and "block" in params:
-            slots = trees.count_parameters(leaves) // max(1, trees.count_parameters(params["block"]))
-            label = f"pool, {min(stage, slots)} of {slots} slots filled"
+def parameter_rows(method: Method, stage: StageShapes, backbone: Mapping[str, Any]) -> list[ParameterRow]:
+    """One row per group of parameters that train or rest together: the method's first, then the backbone's; arguments as below."""
+    rows, fill = [], method.fill(stage.state.params, stage.info)
+    for (name, trains), leaves in _groups(stage.state.params, stage.mask).items():
+        label = f"{name}, {fill[name]}" if name in fill else name
         rows.append(ParameterRow(label, len(leaves), trees.count_parameters(leaves), trees.count_bytes(leaves), trains))
     return rows + [
         ParameterRow(f"backbone/{name}", len(jax.tree.leaves(part)), trees.count_parameters(part), trees.count_bytes(part), False)
@@ -109,13 +112,19 @@ def trainable_counts(params: PyTree, mask: Mapping[str, bool]) -> dict[str, int]
     return {name: trees.count_parameters(leaves) for (name, trains), leaves in _groups(params, mask).items() if trains}
 
 
-def describe_parameters(params: PyTree, mask: Mapping[str, bool], backbone: Mapping[str, Any], stage: int) -> str:
-    """The table that a stage begins with, and the counts by the papers' conventions below it; arguments as `parameter_rows`."""
-    counts = trainable_counts(params, mask)
-    lines = [parameter_table(parameter_rows(params, mask, backbone, stage))]
-    if counts.get("block"):
-        adapter = sum(count for name, count in counts.items() if name != "mm_projector")
-        stored = counts["block"] * (stage + 1) if "pool" in params else counts["block"]
+def describe_parameters(method: Method, stage: StageShapes, backbone: Mapping[str, Any]) -> str:
+    """The table that a stage begins with, and the counts by the papers' conventions below it.
+
+    Args:
+        method: the method.
+        stage: as its training begins; leaves are arrays or shapes.
+        backbone: the frozen model's tree.
+    """
+    counts = trainable_counts(stage.state.params, stage.mask)
+    lines = [parameter_table(parameter_rows(method, stage, backbone))]
+    adapter = sum(count for name, count in counts.items() if name != "mm_projector")
+    if adapter:
+        stored = method.stored_parameters(stage.state, stage.info)
         lines.append(f"as the papers count, without the mm_projector: {adapter:,} train ({adapter / 1e6:.1f} M); "
                      f"blocks learned so far and now: {stored:,} ({stored / 1e6:.1f} M)")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from test_hf_import import in_memory_4x, in_memory_5x, original, style_4x
 
 from proglora_jax import tools
 from proglora_jax.checkpoints import hf_import
-from proglora_jax.checkpoints.hf_convert import convert_from_hf
+from proglora_jax.checkpoints.hf_convert import convert_from_hf, whole_folder
 from proglora_jax.checkpoints.hf_import import load_llava, load_source
 from proglora_jax.checkpoints.shards import Entry, write_file
 from proglora_jax.checkpoints.sources import _protocol, disk_names, find_source, read_config
@@ -272,8 +272,16 @@ def test_a_language_models_tokenizer_gets_image_and_pad(world, tmp_path):
 
 def test_a_model_with_image_amid_its_words_has_no_original_layout(tmp_path):
     tiny_hf.make("plain").save_pretrained(tmp_path / "theirs")
-    with pytest.raises(UserError, match="the layout of original LLaVA has no row for <image>, but this model has it at 61 amid 64 rows"):
+    reason = "theirs: the layout of original LLaVA has no row for <image>, but this model has it at 61 amid 64 rows"
+    with pytest.raises(UserError, match=reason) as refused:
         convert_from_hf(tmp_path / "theirs", tmp_path / "out", style="original", log=lambda line: None)
+    assert str(refused.value).startswith(str(tmp_path / "theirs")) and "partial" not in str(refused.value)
+
+
+def test_what_is_wrong_with_a_folder_is_said_of_the_place_that_was_named(tmp_path):
+    with pytest.raises(UserError) as refused, whole_folder(tmp_path / "out") as partial:
+        raise UserError(f"{partial}: differs from our model")
+    assert str(refused.value) == f"{tmp_path / 'out'}: differs from our model" and not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------------- damage

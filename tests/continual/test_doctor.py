@@ -14,7 +14,7 @@ import tiny_run
 from proglora_jax import tools
 from proglora_jax.continual.doctor import Machine, diagnose, model_sizes
 from proglora_jax.continual.doctor_memory import MemoryPlan, most_rows
-from proglora_jax.continual.doctor_plan import planned_stages, steps_of
+from proglora_jax.continual.doctor_plan import PlannedPhase, planned_stages, steps_of
 from proglora_jax.core import mesh as meshes
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.tasks import TASKS
@@ -84,6 +84,11 @@ def test_phases_have_steps_of_their_own_and_features_cost_none():
     assert stages[3].rows_passed == 72_140 // 96 * 96 + 2 * (72_140 // 48) * 48
 
 
+def test_questions_that_are_asked_in_two_ways_count_twice():
+    _, stages = planned("method=lora", "--config.evaluate.also_image_mode=pad")
+    assert [stage.questions for stage in stages[:3]] == [2 * 4_241, 2 * 4_241 + 5_000, 2 * 4_241 + 5_000 + 2 * 5_050]
+
+
 def test_limits_of_a_config_are_obeyed():
     limits = ("data.train_examples=1000", "evaluate.subset_size=50", "train.epochs=3", "data.tasks=GQA,VizWiz")
     _, stages = planned("method=lora", *(f"--config.{limit}" for limit in limits))
@@ -116,6 +121,31 @@ def test_hours_from_a_peak_and_from_a_measurement():
     measured = diagnose(config, Machine(devices=1, step_seconds=4.0, step_rows=100))
     assert "hours from 4 s measured for a step of 100 rows" in measured and re.search(r"801,009 +6h22m +-", measured)
     assert "no hours: give --step-seconds (measured) or --peak-tflops" in diagnose(config, Machine(devices=1))
+
+
+def test_hours_and_memory_follow_what_a_method_does_in_each_phase():
+    text = {name: diagnose(load_config(f"{COIN}:method={name}"), Machine(devices=1, peak_tflops=989)) for name in ("lora", "lwf", "pclr")}
+    minutes = {}
+    for name, said in text.items():
+        hours = re.search(r"all +[\d,]+ +801,009 +(\d+)h(\d+)m", said)
+        minutes[name] = 60 * int(hours[1]) + int(hours[2])
+    assert 1.4 < minutes["lwf"] / minutes["lora"] < 1.5  # a forward pass more in seven of eight stages
+    assert minutes["pclr"] > 1.5 * minutes["lora"], "three tasks are distilled from a second pool"
+    assert re.search(r"a training row is at most 30\.\d TFLOP", text["lwf"]) and "a training row is 20." in text["lora"]
+    assert "40 row(s) at once in stage 3, which holds most (estimated)" in text["pclr"]
+    assert "20 row(s) at once in stage 3, which holds most (estimated)" in text["lora"]
+
+
+def test_the_phase_that_holds_most_is_found_where_it_is():
+    """PCLR learns with larger batches in the third stage; in small parts the second pool of a later phase weighs more."""
+    settings, stages = planned("method=pclr", "--config.train.micro_batches=16", "--config.model.remat=qkvo_mlp")
+    sizes, _ = model_sizes(settings.model)
+    mesh = meshes.abstract_mesh({"data": 1}, 1)
+    llava = shapes.abstract_backbone(sizes, settings.model)
+    plan = MemoryPlan.of(settings, llava, planned_stages(settings, llava, mesh), mesh, 80e9)
+    assert {phase.shapes.phase.kind for phase in plan.phases} == {"learn", "learn_narrow", "integrate"} and len(stages) == 8
+    assert ("8 row(s) at once in stage 5, which holds most (phase integrate) at 704, 1024, 1536 positions, "
+            "10 row(s) at once in stage 3, which holds most at 2048 positions (estimated)") in plan.text()
 
 
 @pytest.mark.parametrize("name", ["7b", "13b"])
@@ -183,7 +213,7 @@ def test_rows_that_fit_grow_with_the_device():
     llava = shapes.abstract_backbone(model_sizes(settings.model)[0], settings.model)
     mesh = meshes.abstract_mesh({"data": 1}, 1)
     stage = list(shapes.abstract_stages(settings.method, llava, list("abcdefgh"), [1000] * 8, mesh))[-1]
-    plan = MemoryPlan(settings, llava, stage, mesh, 0.0, [112])
+    plan = MemoryPlan(settings, llava, stage, (PlannedPhase(112, 1, stage),), mesh, 0.0, [112])
     rows = [most_rows(plan, (704, 128), 1e9 * size) for size in (12, 24, 40, 80, 141)]
     assert rows[0] == 0 and rows == sorted(rows) and 16 <= rows[3] <= 24
     assert "rows that fit at once at 704 positions, by the device's memory: 24 GB: " in plan.text()

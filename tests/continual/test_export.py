@@ -350,6 +350,22 @@ def test_a_wrong_export_is_noticed_and_not_kept(world, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_tolerance_is_absolute_and_can_be_raised(world, tmp_path, monkeypatch, capsys):
+    theirs, ours = torch_check._their_logits, torch_check._our_logits
+    # logits of 30, as a 7B model has them, that are 5e-4 apart: within 1e-4 of the largest, and yet not the same
+    monkeypatch.setattr(torch_check, "_our_logits", lambda *rest: 30 + 0 * ours(*rest))
+    monkeypatch.setattr(torch_check, "_their_logits", lambda *rest: 30.0005 + 0 * theirs(*rest))
+    command = ["convert", "to-hf", str(world.run("lora")), "--out", str(tmp_path / "out")]
+    assert tools.main(command) == 1
+    said = capsys.readouterr().err
+    assert "differs from our model by 0.0005 in its logits (0.0001 is allowed, and the largest logit is 30: f32 rounds to" in said
+    assert "a large model may need a larger --tolerance" in said and not list(tmp_path.iterdir())
+    assert tools.main([*command, "--tolerance", "0"]) == 1
+    assert "--tolerance 0: must be above 0" in capsys.readouterr().err
+    assert tools.main([*command, "--tolerance", "1e-3"]) == 0
+    assert "logits differ by 0.0005 at most, 0.001 is allowed (the largest is 30)" in capsys.readouterr().out
+
+
 def test_from_the_original_layout(world, tmp_path, capsys):
     """A backbone in three places: the merged folder is whole; peft needs the converted one."""
     places = take_apart(world.model, tmp_path / "parts")

@@ -22,6 +22,7 @@ from proglora_jax.continual.torch_check_gates import load_module
 from proglora_jax.continual.trained import open_trained
 from proglora_jax.data.batch import INSTRUCTION
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.images import ImageLoader
 from proglora_jax.methods.proglora import ProgLoRADynamic
 from proglora_jax.methods.routing import Routing
 
@@ -65,6 +66,13 @@ def test_the_same_ids_masks_gates_and_answers(world, tmp_path, capsys):
     assert model.blocks == list(ours[0].gates) == ["TextVQA", "ImageNet"] and np.ptp(gates[:, 0]) > 0.01
     alone = [model.answer([text], [image], 6)[0] for text, image in asked[:2]]  # no padding
     assert alone == [answer.answer for answer in ours[:2]]
+    cropped = [answer.answer for answer in predictor(questions, 0, max_new_tokens=6, image_mode="crop")]
+    assert model.answer(*map(list, zip(*asked)), max_new_tokens=6, image_mode="crop") == cropped
+    loader = ImageLoader(predictor.images, "crop")
+    pixels = [loader(path).transpose(2, 0, 1) for path in (first, second, third)]
+    np.testing.assert_allclose(model.prompts(["?"] * 3, [first, second, third], "crop")["pixel_values"], pixels, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="image_mode='fit': choose 'pad' or 'crop'"):
+        model.prompts(["?"], [first], "fit")
     made = model.generate(**batch, max_new_tokens=3, num_beams=2)
     assert made.shape[0] == len(asked) and model.gates.shape == (2 * len(asked), 2)
     with pytest.raises(RuntimeError, match="no gates for these prompts"):
@@ -78,6 +86,28 @@ def test_other_ways_to_route(world, tmp_path, fields):
     assert "reloaded in torch: the same" in said and "logits differ by" in said
     how = json.loads((tmp_path / "out" / "routing.json").read_text())
     assert how["routing"]["tokens"] == fields["routing_tokens"] and how["fuse"] == fields.get("fuse", "delta")
+
+
+@pytest.mark.parametrize("fields", [{}, {"weights": "cosine", "use_scale": False}], ids=["softmax", "cosines"])
+def test_mocl_with_its_gates(world, tmp_path, fields):
+    workdir = world.run("mocl", **fields)
+    said = exported(export_dynamic, workdir, tmp_path / "out", verify=True)
+    assert "reloaded in torch: the same" in said and "mocl, stage 01_imagenet: 2 blocks of rank 2 and their gates" in said
+    model = load(tmp_path / "out", world)
+    model.answer([f"Is it red?{WORD}"], None, 2)
+    trained = open_trained(workdir)
+    keys = np.stack([trained.state.params["keys"][0], trained.state.params["key"]])
+    np.testing.assert_array_equal(model.router.keys.numpy(), keys)
+    assert model.gates.sum().item() == pytest.approx(1.0) or fields  # cosines are no shares
+    block = json.loads((tmp_path / "out" / "block_01" / "adapter_config.json").read_text())
+    assert block["lora_alpha"] / block["r"] == trained.method.scale == (1.0 if fields else 2.0)
+
+
+def test_mocl_whose_prompts_gate_each_other_is_refused(world, tmp_path):
+    workdir = world.run("mocl", batch_mean=True)
+    with pytest.raises(UserError, match="mocl with config.method.batch_mean=True gates a prompt by the rows beside it as well; what"):
+        export_dynamic(workdir, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_first_stage_and_each_block_are_adapters_of_peft(world, tmp_path):
@@ -164,7 +194,7 @@ def test_every_difference_has_its_sentence(rng, tmp_path):
     }  # fmt: skip
     scores = [np.eye(9)[[token] * len(rows)] for token in (5, 6, 2)]
     theirs = ours | {"scores": scores, "end": 2}
-    verdict = lambda **changes: torch_check_gates._verdict(tmp_path, ours, theirs | changes)  # noqa: E731
+    verdict = lambda **changes: torch_check_gates._verdict(tmp_path, ours, theirs | changes, 1e-4)  # noqa: E731
     assert f"the same {2 * len(rows)} tokens for {len(rows)} questions; gates differ by 0 at most" in verdict()
     changed = lambda name, value: [*theirs[name][:-1], value]  # noqa: E731
     for name, value, what in (("ids", np.arange(5), "the ids of a prompt"),

@@ -23,7 +23,7 @@ def test_one_expert_alone_has_the_logits_of_ours_in_torch(world, tmp_path, name,
     assert (config["r"], config["lora_alpha"]) == (rank, 2.0 * rank)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", ["moelora", "branchlora"])
 def test_only_what_can_be_done_is_advised(world, tmp_path, name):  # noqa: F811
     workdir, advice = world.run(name, **OPTIONS[name]), "what can be exported is one block alone (--kind adapter --block)"
     for how in (export_merged, export_adapter, export_dynamic):
@@ -35,7 +35,9 @@ def test_only_what_can_be_done_is_advised(world, tmp_path, name):  # noqa: F811
 
 
 def test_all_forms_that_there_are_get_named(world, tmp_path):  # noqa: F811
-    with pytest.raises(UserError, match=r"one block alone \(--kind adapter --block\), or all blocks with their gates \(--kind dynamic\)$"):
-        exported(export_merged, world.run("proglora_dynamic"), tmp_path / "out")
+    for name in ("proglora_dynamic", "mocl"):
+        forms = r"one block alone \(--kind adapter --block\), or all blocks with their gates \(--kind dynamic\)$"
+        with pytest.raises(UserError, match=forms):
+            exported(export_merged, world.run(name, **OPTIONS.get(name, {})), tmp_path / "out")
     with pytest.raises(UserError, match="lora has no gates that depend on the input; use --kind adapter or --kind merged$"):
         exported(export_dynamic, world.run("lora"), tmp_path / "out")

@@ -119,7 +119,7 @@ def test_experts_are_not_named_after_tasks_though_there_be_as_many(world):  # no
     assert len(trained.tasks()) == 2
     experts = dataclasses.replace(trained, method=MoELoRA(experts=2))
     holder = type("Holder", (), {"trained": experts})
-    assert predict.Predictor._named(holder, np.array([0.25, 0.75])) == {"block 0": 0.25, "block 1": 0.75}
+    assert predict.Predictor._named(holder, np.array([0.25, 0.75])) == {"expert 0": 0.25, "expert 1": 0.75}
 
 
 @pytest.mark.parametrize("legacy", [True, False])

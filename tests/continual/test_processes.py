@@ -14,9 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_encoders
 import tiny_run
 from test_resume import Place, losses, step
 from tiny_run import here  # noqa: F401 (a fixture)
+
+from proglora_jax.continual.session import open_session
+from proglora_jax.continual.similarity import task_embedding
+from proglora_jax.continual.similarity_encoders import open_encoders
+from proglora_jax.continual.stage_data import own_rows
+from proglora_jax.continual.stages import plan_stages
+from proglora_jax.training.settings import from_config
 
 ROOT = Path(__file__).parents[2]
 # Two tasks, ten steps each, answers of two tokens; the block alone trains, which compiles quickest.
@@ -124,6 +132,55 @@ def test_processes_fail_stop_and_go_on_together_in_any_number(place, alone):
     text = place.finish(workdir, devices=8, **{"run__compilation_cache": tiny_run.compiled()} | FIELDS)
     assert "8 device(s)" in text and "stage 1/2 TextVQA train" not in text
     same(workdir, alone)
+
+
+@pytest.fixture
+def encoders(tmp_path) -> dict[str, str]:
+    """The fields that name a tiny ViT and a tiny BERT."""
+    tiny_encoders.vit(tmp_path / "vit", image_size=32, patch_size=8)
+    tiny_encoders.bert(tmp_path / "bert")
+    paths = {f"similarity__{name}_path": str(tmp_path / name) for name in ("vit", "bert")}
+    return {"similarity__encoders": "vit_bert", "similarity__max_samples": 9} | paths
+
+
+def test_vit_and_bert_embed_a_task_on_two_processes_as_on_one(here, place, encoders):  # noqa: F811
+    """A task of which some records have no image; the processes end once it is embedded. The second time both read it back."""
+    fields = encoders | {"data__tasks": "ScienceQA", "evaluate__batch_size": 8, "model__path": str(place.model)}
+    config = here.config("proglora_static", **fields | {"data__root": str(place.folder / "data")})
+    session = open_session(from_config(config), place.folder / "one", resumed=False)
+    rows = own_rows(session, plan_stages(session.tasks, session.method, "sequential")[0])
+    assert {row.example.image is None for row in rows.rows} == {True, False}
+    expected = task_embedding(session, open_encoders(session), "ScienceQA", rows)
+    session.logger.close()
+
+    workdir = place.folder / "embedding"
+    kept = workdir / "similarity" / "ScienceQA.json"
+    written = []
+    for _ in range(2):
+        team = Team(place, workdir, 2, method="proglora_static", **fields)
+        team.when(lambda _, team=team: "=== stage 1/1 ScienceQA" in team.text(0))
+        for member in team.members:
+            member.kill()
+        team.wait(10)
+        written.append(kept.stat().st_mtime_ns)
+        assert "is computed again" not in team.text()
+    assert written[0] == written[1]
+    found = json.loads(kept.read_text())
+    assert found["rows"] == 9 and found["key"] == json.loads((place.folder / "one" / "similarity" / "ScienceQA.json").read_text())["key"]
+    for part, value in expected.items():
+        np.testing.assert_allclose(found["embedding"][part], value, rtol=1e-5, atol=1e-5, err_msg=part)
+
+
+def test_a_picture_that_cannot_be_embedded_ends_all_processes(place, encoders):
+    picture = images(place)[0]
+    kept = picture.read_bytes()
+    picture.write_bytes(b"no image")
+    team = Team(place, place.folder / "unreadable", 2, method="proglora_static", **encoders | {"similarity__max_samples": 100})
+    try:
+        assert team.wait(120) == [1, 1], team.text()
+    finally:
+        picture.write_bytes(kept)
+    assert "Traceback" not in team.text() and f"{picture}: cannot be read as an image" in team.text()
 
 
 def same(workdir: Path, alone: Path) -> None:

@@ -14,6 +14,7 @@ from tiny_run import here  # noqa: F401 (a fixture)
 
 from proglora_jax.checkpoints.stage import load_checkpoint
 from proglora_jax.continual.run_record import load_run
+from proglora_jax.continual.session import Session
 from proglora_jax.continual.stages import plan_stages
 from proglora_jax.data.errors import UserError
 from proglora_jax.methods.registry import METHODS, NAMES
@@ -119,6 +120,35 @@ def test_blocks_once_learned_are_never_written_again(dynamic):
     own = [leaves["params/key"] for _, leaves in adapters(dynamic)]
     np.testing.assert_array_equal(keys[2][:2], own[:2])
     assert not keys[0].any() and not keys[1][1:].any()
+
+
+def test_a_finished_run_is_asked_once_more_with_images_prepared_in_the_other_way(here, dynamic, monkeypatch):
+    """Only the tasks that CoIN's scripts crop are asked again; nothing is trained, and what was there stays as it was."""
+    workdir = here.folder / "both"
+    shutil.copytree(dynamic, workdir)
+    known = {path: path.stat().st_mtime_ns for path in workdir.glob("stages/*/*/*") if path.is_file()}
+    before, asked = tiny_run.outcome(dynamic), []
+    prepare = Session.eval_loader.__wrapped__
+    monkeypatch.setattr(Session, "eval_loader", lambda self, mode: asked.append(mode) or prepare(self, mode))
+    here.run("both", evaluate__also_image_mode="pad")
+    assert asked == ["pad"] * 2  # ImageNet after its own stage and after the next
+    files = lambda kind: sorted(path.name for path in (workdir / "stages" / "02_ocrvqa" / kind).iterdir())
+    assert files("scores") == ["ImageNet.json", "ImageNet_pad.json", "OCRVQA.json", "TextVQA.json"]
+    header = json.loads((workdir / "stages" / "02_ocrvqa" / "answers" / "ImageNet_pad.jsonl").read_text().splitlines()[0])
+    assert header["image_mode"] == "pad" and header["task"] == "ImageNet"
+    after = tiny_run.outcome(workdir)
+    assert {name for name in before if name != "scoring"} <= set(after)
+    assert [name for name in tiny_run.differences(before, after) if "_pad" not in name] == ["scoring"]
+    record = load_run(workdir)
+    assert record.modes == ("coin", "clean", "clean_pad", "coin_pad") and record.finished
+    padded = json.loads((workdir / "stages" / "02_ocrvqa" / "scores" / "ImageNet_pad.json").read_text())["accuracy"]
+    for mode in ("coin", "clean"):
+        now, other = record.scoring[mode], record.scoring[f"{mode}_pad"]
+        assert now == load_run(dynamic).scoring[mode] and other[2][1] == padded[mode]
+        assert [row[::2] for row in now] == [row[::2] for row in other], "TextVQA and OCRVQA are padded either way"
+    text = (workdir / "report.md").read_text()
+    assert "coin_pad, clean_pad: the same with every image padded to a square" in text and "right after, coin_pad" in text
+    assert known == {path: path.stat().st_mtime_ns for path in known}
 
 
 def test_how_often_progress_is_saved_changes_nothing(here, dynamic):

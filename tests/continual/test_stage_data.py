@@ -116,8 +116,8 @@ def test_questions_are_seen_as_in_coin_or_as_in_training(session):
     padded = dataclasses.replace(session.settings, evaluate=dataclasses.replace(session.settings.evaluate, image_mode="pad"))
     for name in TASKS:
         cropped = name in ("ScienceQA", "ImageNet", "Grounding", "VQAv2")
-        assert image_mode(session, name) == ("crop" if cropped else "pad")
-        assert image_mode(dataclasses.replace(session, settings=padded), name) == "pad"
+        assert image_mode(session.settings, name) == ("crop" if cropped else "pad")
+        assert image_mode(padded, name) == "pad"
     assert session.eval_loader("pad") is session.train_loader and session.eval_loader("crop").mode == "crop"
     assert session.train_loader.mode == "pad" and not session.encoder.tokenizer.legacy
 

@@ -1,15 +1,18 @@
-"""Freed memory stays with the process on CPU hosts: page faults of a repeated allocation; and where compiled programs are kept."""
+"""Freed memory stays with the process, a libtpu without a TPU keeps quiet: in processes of their own; and where programs are kept."""
 
 from __future__ import annotations
 
+import glob
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from proglora_jax.core import host
 
+ROOT = Path(__file__).parents[2]
 CODE = """
 import resource, sys
 import numpy as np
@@ -62,3 +65,48 @@ def test_compiled_programs_are_kept_on_accelerators(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     assert host.compiled_folder("auto", "gpu") == "", "JAX's own variable goes before the default"
     assert host.compiled_folder("here", "gpu").endswith("/here")
+
+
+# ------------------------------------------------------------------------------------------------------- where JAX looks for devices
+
+
+def quiet(*names: str) -> dict[str, str]:
+    """This process's environment without what names a platform."""
+    return {name: value for name, value in os.environ.items() if name not in host._NAMED} | dict.fromkeys(names, "1")
+
+
+def test_a_libtpu_without_a_tpu_prints_nothing():
+    pytest.importorskip("libtpu")
+    if any(map(glob.glob, host._ACCELERATORS)):
+        pytest.skip("this host has an accelerator")
+    # Two processes may look at once; libtpu then prints what it always prints, and not that it is locked.
+    environment = quiet() | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    run = lambda code: subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=True)
+    looked = run("import jax; print(jax.devices()[0].platform)")
+    if not looked.stderr:
+        pytest.skip("this libtpu keeps quiet by itself")
+    assert looked.stdout == "cpu\n"
+    done = run("from proglora_jax.core.host import settle_on_cpu\nprint(settle_on_cpu())\n"
+               "import jax\nprint(jax.devices()[0].platform, settle_on_cpu())")
+    assert done.stdout.split() == ["True", "cpu", "False"] and done.stderr == ""
+    doctor = [sys.executable, "-m", "proglora_jax.tools", "doctor", "--config", "configs/coin_mini.py", "--devices=1"]
+    done = subprocess.run(doctor, env=environment, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
+    assert "(cpu)" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("what", ["nothing", "a device file", "a plugin", "no libtpu", *host._NAMED])
+def test_a_real_accelerator_is_never_hidden(monkeypatch, what):
+    """Whatever may stand for one: nothing is changed."""
+    monkeypatch.setenv("JAX_PLATFORMS", "")  # so that it is put back afterwards
+    for name in host._NAMED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(host.sys, "modules", {name: module for name, module in sys.modules.items() if name != "jax"})
+    monkeypatch.setattr(host, "_ACCELERATORS", ("/dev/nul*",) if what == "a device file" else ())
+    found = {"libtpu": what != "no libtpu", "jax_plugins": what == "a plugin"}
+    monkeypatch.setattr(host.importlib.util, "find_spec", lambda name: found[name] or None)
+    monkeypatch.setattr(host.importlib.metadata, "entry_points", lambda group: ())
+    if what in host._NAMED:
+        monkeypatch.setenv(what, "tpu")
+    before = dict(os.environ)
+    assert host.settle_on_cpu() is (what == "nothing")
+    assert (dict(os.environ) == before) == (what != "nothing")

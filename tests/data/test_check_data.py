@@ -101,6 +101,8 @@ def test_files_that_cannot_be_read(root):
         ("GQA", "test", set_value(2, "text", 7), "schema", "no 'text'"),
         ("Grounding", "test", set_value(2, "answer_bbox", "[0.1, NaN, 0.5, 0.5]"), "box", "must be four numbers between 0 and 1"),
         ("Grounding", "test", set_value(2, "answer_bbox", "[0.1, 0.2, 0.5, 40]"), "box", "must be four numbers between 0 and 1"),
+        ("Grounding", "train", set_value(2, "conversations", conversation(("<image>\nq", "[0.1, NaN, 0.5, 0.5]"))), "box",
+         "answer of turn 0: box '[0.1, NaN, 0.5, 0.5]' must be four numbers between 0 and 1"),
         ("Grounding", "test", set_value(2, "size", [0, 5]), "schema", "'size' must be [width, height] in pixels"),
     ],
 )
@@ -108,7 +110,7 @@ def test_records_that_training_refuses(root, task, split, change, kind, words):
     path = edit(root, task, split, change)
     findings = check(root, task)
     sentence = only(findings, kind)
-    assert sentence.startswith(f"{path}: record 2 (id ") and words in sentence and findings.problems[0].stops
+    assert sentence.startswith(f"{path}: record 2 (id ") and words in sentence and findings.problems[0].stops == (split == "test")
     data = load_task(str(root), task)
     with pytest.raises(UserError) as error:
         _ = data.train if split == "train" else data.questions

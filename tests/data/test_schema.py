@@ -25,6 +25,17 @@ def questions(tmp_path, root, *records):
     return read_questions(write_json(str(tmp_path / "test.json"), list(records)), "Grounding", root)
 
 
+@pytest.mark.parametrize("answer", ["[0.1, 0.2, 0.3]", "[0.1, NaN, 0.3, 0.4]", "It is at [0.1, 0.2, 30, 0.4].", "[0.1,0.2,0.3,-inf]"])
+def test_answers_that_teach_a_box_that_is_none(tmp_path, root, answer):
+    path = write_json(str(tmp_path / "train.json"), [{"id": 4, "conversations": conversation(("Q1", "[0, 0, 0.5, 1]"), ("Q2", answer))}])
+    (example,) = read_examples(path, "GQA", root)  # of a task whose answers are no boxes
+    assert example.turns[1][1] == answer
+    with pytest.raises(UserError, match=r"json: 1 problem\(s\): record 0 \(id 4\): answer of turn 1: box '\[.*\]' must be four numbers"):
+        read_examples(path, "Grounding", root, boxes=True)
+    with pytest.raises(UserError, match="config.data.on_bad_record=skip: choose one of stop, skip_and_count"):
+        read_examples(path, "Grounding", root, boxes=True, on_bad="skip")
+
+
 @pytest.mark.parametrize(
     "name", ["./GQA/images/1.jpg", "GQA/images/1.jpg", "GQA/images/1.jpg.jpg", "././GQA/images/1.jpg", "GQA\\images\\1.jpg"]
 )

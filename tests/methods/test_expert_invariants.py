@@ -92,23 +92,6 @@ def seen(method, run, params, memory, batch, stage):
     return sight.gates, out.contexts
 
 
-def test_the_first_stage_of_sema_is_plain_lora_bit_for_bit():
-    """Its first phase; router rows do not move, for one module has gate 1."""
-    sizes = dict(rank=16, alpha=32.0, a_init="normal001")
-    results = []
-    for method in (LoRA(**sizes), SEMA(pool_chunk=1)):
-        assert (method.rank, method.alpha, method.a_init, method.dropout) == (*sizes.values(), 0.05)
-        run = harness.Harness(method, backbone="stub")
-        state, mask = run.begin(run.initial(), 0)
-        first = jax.tree.map(np.array, state.params)
-        after, losses = run.fit_phase(state, mask, 0, 5, method.phases(run.info(0))[0])
-        params = jax.tree.map(np.asarray, after.params)
-        results.append((losses, trees.digest({name: params[name] for name in ("block", "mm_projector")})))
-    assert results[0] == results[1] and len(set(results[0][0])) == 5
-    for name in ("row", "row_bias", "descriptor"):
-        assert trees.digest({name: params[name]}) == trees.digest({name: first[name]})
-
-
 def test_frozen_branches_rest_bit_by_bit_and_the_others_move():
     """With weight decay, in training, linear by linear and layer by layer; tokens may still be routed to them."""
     run, state = started(harness.small("branchlora", topk=1), backbone="stub", train=battery.TRAIN)

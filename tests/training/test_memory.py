@@ -10,12 +10,14 @@ import tiny_run
 from test_shapes import backbone
 
 from proglora_jax.core import mesh as meshes
+from proglora_jax.methods.views import Cost
 from proglora_jax.models.presets import PRESETS
 from proglora_jax.training import memory, roofline, shapes
 from proglora_jax.training.memory import Load
 from proglora_jax.training.settings import ModelSettings, Settings, from_config
 
 GB = 1e9
+BLOCKS = Cost(112, 16, 16)  # seven frozen blocks of rank 16 and one that trains
 
 
 def settings_of(**changes) -> Settings:
@@ -107,7 +109,6 @@ def test_the_parts_are_counted_exactly():
     assert counted["memory of the method"] == 4 * (8 * 200 * 4096 + 8 * 200 * 8 + 8 * 200)
     assert kept(parts) == pytest.approx(2 * kept(parts_of("llava15_7b", Load(1, 704, 64))))
     assert parts_of("llava15_7b", Load(2, 704, 64), train__micro_batches=7)["gradients"] == 2 * parts["gradients"]
-    assert list(memory.ranks_of(last_stage(settings_of(), backbone("llava15_7b")))) == [128, 16]
 
 
 def test_cudnn_needs_no_scores_and_a_split_backbone_less():
@@ -134,7 +135,7 @@ def test_the_estimate_of_a_row_is_what_the_compiler_plans():
     mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
     stage = last_stage(settings, llava)
     compiled = [memory.total(memory.compiled_memory(settings, llava, stage, rows, (704, 128), mesh)) for rows in (1, 4)]
-    planned = [sum(memory.activation_bytes(settings, llava, 128, Load(rows, 704, 128))) for rows in (1, 4)]
+    planned = [sum(memory.activation_bytes(settings, llava, BLOCKS, Load(rows, 704, 128))) for rows in (1, 4)]
     assert planned[1] - planned[0] == pytest.approx(compiled[1] - compiled[0], rel=0.1)
 
 
@@ -148,14 +149,14 @@ def test_the_estimate_of_a_row_is_what_the_compiler_plans():
 def test_work_agrees_with_the_roofline_of_the_design(preset, positions, model, milliseconds):
     """Milliseconds at 989 TFLOP/s, rank 16 and eight blocks, nothing recomputed."""
     llava = backbone(preset)
-    work = roofline.training_work(llava.config, llava.targets(), positions, 64, "qkvo_mlp", 128, 16)
+    work = roofline.training_work(llava.config, llava.targets(), positions, 64, "qkvo_mlp", BLOCKS)
     assert work.total / 989e12 * 1e3 == pytest.approx(milliseconds, rel=0.02)
     assert model is None or work.model / 1e12 == pytest.approx(model, rel=0.005)
 
 
 def test_recomputing_costs_what_it_recomputes():
     llava = backbone("llava15_7b")
-    work = lambda remat: roofline.training_work(llava.config, llava.targets(), 704, 64, remat, 128, 16)
+    work = lambda remat: roofline.training_work(llava.config, llava.targets(), 704, 64, remat, BLOCKS)
     # the design's 29.6 ms has down_proj computed again, which no gradient asks for
     spared = 2 * 4096 * 11008 * 32 * 704 / 989e12 * 1e3
     assert work("full").total / 989e12 * 1e3 == pytest.approx(29.6 - spared, rel=0.02)
@@ -166,4 +167,4 @@ def test_recomputing_costs_what_it_recomputes():
 def test_work_of_prompt_and_picture():
     llava = backbone("llava15_7b")
     assert roofline.vision_work(llava.config) / 1e9 == pytest.approx(366, rel=0.03)
-    assert roofline.prefill_work(llava.config, llava.targets(), 640, 0) / 1e12 == pytest.approx(8.79, rel=0.02)
+    assert roofline.prefill_work(llava.config, llava.targets(), 640, Cost()) / 1e12 == pytest.approx(8.79, rel=0.02)

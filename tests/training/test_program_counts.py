@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from test_memory import last_stage, settings_of
+from test_memory import BLOCKS, last_stage, settings_of
 
 from proglora_jax.core import mesh as meshes
 from proglora_jax.models.presets import PRESETS
@@ -43,7 +43,7 @@ def test_the_7b_step_computes_what_the_roofline_says(remat):
     mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
     stage = last_stage(settings, llava)
     traced = programs.trace_train_step(settings, llava, stage, 8, (704, 64), mesh)
-    planned = roofline.training_work(llava.config, llava.targets(), 704, 64, remat, 8 * 16, 16)
+    planned = roofline.training_work(llava.config, llava.targets(), 704, 64, remat, BLOCKS)
     total = matmul_work(traced.jaxpr).total / 8
     # XLA's attention computes both halves of the causal square, and what is over the diagonal is thrown away
     square = roofline._attention(llava.config, 704) * (4 if remat == "full" else 3)

@@ -9,6 +9,7 @@ from test_memory import GB, last_stage, settings_of
 from test_shapes import backbone
 
 from proglora_jax.continual.doctor_memory import MemoryPlan
+from proglora_jax.continual.doctor_plan import planned_stages
 from proglora_jax.core import mesh as meshes
 from proglora_jax.models.presets import PRESETS
 from proglora_jax.training import memory, remat_choice, step
@@ -21,7 +22,7 @@ MESH = meshes.abstract_mesh({"data": 1}, 1)
 
 def chosen(limit_gb: float, rows: int = 16, **changes) -> dict[int, str]:
     settings = settings_of(model__remat="auto", train__batch_size=rows, train__batch_sizes={}, **changes)
-    return choose_remat(settings, PRESETS["llava15_7b"](), TASKS, rows, MESH, limit_gb * GB)
+    return choose_remat(settings, PRESETS["llava15_7b"](), TASKS, MESH, limit_gb * GB)
 
 
 def test_more_memory_keeps_more_and_longer_rows_less():
@@ -36,29 +37,32 @@ def test_more_memory_keeps_more_and_longer_rows_less():
 def test_what_is_chosen_fits_and_what_keeps_more_does_not():
     settings, llava = settings_of(model__remat="auto"), backbone("llava15_7b")
     stage, load = last_stage(settings_of(), llava), Load(16, 704, 128)
-    policy = policy_for(settings, llava, stage, load, MESH, 80 * GB)
+    policy = policy_for(settings, llava, [(stage, 16), (stage, 8)], (704, 128), MESH, 80 * GB)
     need = lambda name: memory.total(memory.training_memory(with_policy(settings, name), llava, stage, load, MESH))
     kept = remat_choice.KEEPS_MOST_FIRST
     assert need(policy) <= memory.USABLE * 80 * GB < need(kept[kept.index(policy) - 1])
 
 
 def test_a_named_policy_stays_and_unknown_memory_recomputes_no_matmul():
-    assert choose_remat(settings_of(model__remat="qkvo"), PRESETS["llava15_7b"](), TASKS, 16, MESH, 1.0) == "qkvo" == in_words("qkvo")
+    assert choose_remat(settings_of(model__remat="qkvo"), PRESETS["llava15_7b"](), TASKS, MESH, 1.0) == "qkvo" == in_words("qkvo")
     assert set(chosen(0).values()) == {"qkvo_mlp"}
     assert chosen(1)[704] == "full", "where nothing fits, the run may still: the estimate is one"
     assert in_words({704: "none", 2048: "full"}) == "none at 704, full at 2048 positions"
 
 
 def test_micro_batches_and_devices_share_the_rows():
-    settings = settings_of(model__remat="auto", train__micro_batches=4, train__batch_size=64, train__batch_sizes={})
-    four = choose_remat(settings, PRESETS["llava15_7b"](), TASKS, 64, MESH, 80 * GB)
+    parts = lambda batch: settings_of(model__remat="auto", train__micro_batches=4, train__batch_size=batch, train__batch_sizes={})
+    four = choose_remat(parts(64), PRESETS["llava15_7b"](), TASKS, MESH, 80 * GB)
     assert four == chosen(80) != chosen(80, rows=64)
-    assert choose_remat(settings, PRESETS["llava15_7b"](), TASKS, 256, meshes.abstract_mesh({"data": 4}, 4), 80 * GB) == four
+    assert choose_remat(parts(256), PRESETS["llava15_7b"](), TASKS, meshes.abstract_mesh({"data": 4}, 4), 80 * GB) == four
+    alone = choose_remat(parts(64), PRESETS["llava15_7b"](), TASKS, MESH, 80 * GB, fresh=True)
+    order = remat_choice.KEEPS_MOST_FIRST.index
+    assert all(order(alone[length]) <= order(four[length]) for length in four), "one stage alone has no pool"
 
 
 def test_the_plan_of_doctor_says_what_a_run_does():
-    settings, llava = settings_of(model__remat="auto"), backbone("llava15_7b")
-    plan = MemoryPlan(settings, llava, last_stage(settings_of(), llava), MESH, 80 * GB, [16])
+    settings, llava = settings_of(model__remat="auto", train__batch_size=16, train__batch_sizes={}), backbone("llava15_7b")
+    plan = MemoryPlan.of(settings, llava, planned_stages(settings, llava, MESH), MESH, 80 * GB)
     wanted = chosen(80)
     assert {bucket[0]: plan.settled(bucket).model.remat for bucket in settings.data.buckets} == wanted
     assert f"remat auto, by memory: {in_words(wanted)}" in plan.text()

@@ -151,7 +151,7 @@ def test_a_batch_has_the_fields_of_a_real_one():
 
 def test_the_table_of_a_stage():
     stage = stages("proglora_dynamic")[2]
-    text = shapes.describe_parameters(stage.state.params, stage.mask, backbone("llava15_7b").to_tree(), stage.info.index)
+    text = shapes.describe_parameters(METHODS["proglora_dynamic"](), stage, backbone("llava15_7b").to_tree())
     lines = {line.split("  ")[0]: line.split() for line in text.splitlines()}
     assert lines["block"][1:3] == ["14", "39,976,960"] and lines["block"][-1] == "yes"
     assert lines["pool, 2 of 7 slots filled"][-1] == "no" and "279,838,720" in lines["pool, 2 of 7 slots filled"]

@@ -142,13 +142,16 @@ class GatedLlava(torch.nn.Module):
 
     # ---- prompts
 
-    def prompts(self, questions: list[str], images: list | None = None) -> dict[str, torch.Tensor]:
+    def prompts(self, questions: list[str], images: list | None = None, image_mode: str = "pad") -> dict[str, torch.Tensor]:
         """Ids, masks and pixels of questions, padded at the left; what `generate` and a call take.
 
         Args:
             questions: the whole human text of each, instruction included.
             images: a PIL image, a path, or None for a question about text, for each; None for texts only.
+            image_mode: "pad" to a square as in training, or "crop" the centre as CoIN's scripts do for some tasks.
         """
+        if image_mode not in ("pad", "crop"):
+            raise ValueError(f"image_mode={image_mode!r}: choose 'pad' or 'crop'")
         images = images or [None] * len(questions)
         rows = [self._encode(question, image is not None) for question, image in zip(questions, images, strict=True)]
         length = max(len(ids) for ids, _ in rows)
@@ -156,7 +159,7 @@ class GatedLlava(torch.nn.Module):
         real = [[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in rows]
         routed = [[False] * (length - len(mask)) + mask for _, mask in rows]
         batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(real), "routing_mask": torch.tensor(routed)}
-        pixels = [self._pixels(image) for image in images if image is not None]
+        pixels = [self._pixels(image, image_mode) for image in images if image is not None]
         if pixels:
             batch["pixel_values"] = torch.stack(pixels).to(self.llava.dtype)
         return {name: tensor.to(self.llava.device) for name, tensor in batch.items()}
@@ -191,14 +194,20 @@ class GatedLlava(torch.nn.Module):
         pairs = [(unknown if token in self.fields["special_ids"] else token, place) for token, place in zip(found.ids, found.offsets)]
         return [pair for pair in pairs if pair[0] >= 0]
 
-    def _pixels(self, image: Image.Image | str | pathlib.Path) -> torch.Tensor:
-        """f32[3, H, W]: padded to a square of the mean colour, resized, normalised."""
-        how = self.fields["image"]
+    def _pixels(self, image: Image.Image | str | pathlib.Path, mode: str) -> torch.Tensor:
+        """f32[3, H, W]: padded to a square of the mean colour and resized, or resized by the shorter edge and cropped; normalised."""
+        how, size = self.fields["image"], self.fields["image"]["size"]
         image = (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
-        side = max(image.size)
-        square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in how["mean"]))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        values = torch.from_numpy(np.array(square.resize((how["size"], how["size"]), Image.Resampling.BICUBIC))).float() / 255
+        if mode == "pad":
+            side = max(image.size)
+            square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in how["mean"]))
+            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+            image = square
+        short = min(image.size)
+        width, height = (size if edge == short else int(size * edge / short) for edge in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        values = torch.from_numpy(np.array(image)).float() / 255
         return ((values - torch.tensor(how["mean"])) / torch.tensor(how["std"])).permute(2, 0, 1)
 
     # ---- reading and answering
@@ -218,7 +227,9 @@ class GatedLlava(torch.nn.Module):
         made = self.llava.generate(input_ids=input_ids, **(plain | options))
         return made[:, input_ids.shape[1] :] if isinstance(made, torch.Tensor) else made
 
-    def answer(self, questions: list[str], images: list | None = None, max_new_tokens: int = 128) -> list[str]:
+    def answer(
+        self, questions: list[str], images: list | None = None, max_new_tokens: int = 128, image_mode: str = "pad"
+    ) -> list[str]:
         """Answers to some questions, all in one batch; arguments as for `prompts`."""
-        made = self.generate(**self.prompts(questions, images), max_new_tokens=max_new_tokens)
+        made = self.generate(**self.prompts(questions, images, image_mode), max_new_tokens=max_new_tokens)
         return [text.strip() for text in self.tokenizer.batch_decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)]

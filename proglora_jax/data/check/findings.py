@@ -14,8 +14,10 @@ from proglora_jax.data.scans import record_name
 # {kind: (heading of its column, what it is, what training does with it)}, in the order of the report.
 KINDS: dict[str, tuple[str, str, str]] = {
     "file": ("files", "files that are missing or cannot be read", "a run stops at them"),
-    "schema": ("schema", "records that cannot be read", "a run stops at them"),
-    "box": ("boxes", "boxes out of range or without area", "a run stops at unreadable reference boxes; others are used as they are"),
+    "schema": ("schema", "records that cannot be read",
+               "a run stops at them, or leaves training records out with config.data.on_bad_record=skip_and_count"),
+    "box": ("boxes", "boxes out of range or without area",
+            "a run treats those out of range as it treats records that cannot be read; those without area are used as they are"),
     "reference": ("references", "questions that cannot be scored", "a run stops at those that the scorer refuses; others count as read"),
     "count": ("counts", "files of another size than expected", "a run uses what is there"),
     "missing_image": ("missing", "images that are missing", "a run stops, or goes on with config.data.on_bad_image=blank"),

@@ -76,12 +76,12 @@ class RecordChecker:
     def check_train(self, data: TaskData, row: FileRow, expected: Expected | None) -> SeenFile:
         """Checks a task's training file and fills its row."""
         seen = SeenFile(data.path("train.json"))
-        scan = self._scan(data.scan_train, seen.path)
+        scan = self._scan(data.scan_train, seen.path, stops=False)  # config.data.on_bad_record
         if scan is None:
             return seen
         for example, position in zip(scan.records, scan.positions):
             seen.add(example, position, self.uses, [human for human, _ in example.turns])
-            if example.task == "Grounding":
+            if data.answers_are_boxes:
                 self._check_answer_boxes(example, seen.path, position)
             if self._encoder is None and not any(gpt.strip() for _, gpt in example.turns):
                 self.findings.add("unsupervised", seen.path, "no answer that is not empty", position, example.id)
@@ -99,7 +99,7 @@ class RecordChecker:
         seen = SeenFile(data.path(data.task.eval_file))
         paths = data.auxiliary_paths()
         auxiliary, seen.auxiliary = {key: self._read_auxiliary(path) for key, path in paths.items()}, tuple(paths.values())
-        scan = self._scan(data.scan_questions, seen.path)
+        scan = self._scan(data.scan_questions, seen.path, stops=True)
         if scan is None:
             return seen
         for question, position in zip(scan.records, scan.positions):
@@ -118,15 +118,15 @@ class RecordChecker:
             self._encode(scan, seen, row, self._encoder.encode_questions, self._judge_question)
         return seen
 
-    def _scan(self, read: Callable[[], Scan], path: str) -> Scan | None:
-        """The file's records; those that a reader refuses are noted, None if it refuses the file."""
+    def _scan(self, read: Callable[[], Scan], path: str, stops: bool) -> Scan | None:
+        """The file's records; those that a reader refuses are noted (`stops`: a run has no choice), None if it refuses the file."""
         try:
             scan = read()
         except UserError as error:
             self.findings.add("file", path, str(error), stops=True)
             return None
         for bad in scan.bad:
-            self.findings.add("box" if bad.box else "schema", path, bad.reason, bad.position, bad.id, stops=True)
+            self.findings.add("box" if bad.box else "schema", path, bad.reason, bad.position, bad.id, stops=stops)
         for note, count in scan.notes.items():
             self.findings.note(path, note, count)
         return scan
@@ -140,7 +140,7 @@ class RecordChecker:
                 self.findings.add("count", seen.path, f"{problem}; download it again, or give --counts any for a set of your own")
 
     def _check_answer_boxes(self, example: Example, path: str, position: int) -> None:
-        """Training learns boxes as text, so nothing else would ever notice a bad one."""
+        """What the reader lets pass: answers without a box in brackets, and boxes without area."""
         for number, (_, gpt) in enumerate(example.turns):
             try:
                 reason = _no_area(parse_box(gpt)) if gpt.strip() else ""

@@ -1,0 +1,89 @@
+"""The first stage of every method with a pool is plain LoRA, to the last bit; test_first_stage.py runs these tests."""
+
+from __future__ import annotations
+
+import functools
+
+import harness
+import jax
+import numpy as np
+import pytest
+from quick import quick_compiles  # noqa: F401
+
+from proglora_jax.core import tree as trees
+from proglora_jax.methods.ewc import EWC
+from proglora_jax.methods.lora import LoRA
+from proglora_jax.methods.lwf import LwF
+from proglora_jax.methods.mocl import MoCL
+from proglora_jax.methods.olora import OLoRA
+from proglora_jax.methods.proglora import ProgLoRADynamic
+from proglora_jax.methods.proglora_light import ProgLoRALight
+from proglora_jax.methods.proglora_static import ProgLoRAStatic
+from proglora_jax.methods.sema import SEMA
+
+SIZES = dict(rank=16, alpha=32.0, a_init="normal001")
+
+
+@functools.cache
+def five_steps(method):
+    """(losses, hash of what LoRA has too, names of the rest, whether the rest is as it was)."""
+    run = harness.Harness(method, backbone="stub")
+    state, mask = run.begin(run.initial(), 0)
+    first = jax.tree.map(np.array, state.params)
+    state, losses = run.fit(state, mask, 0, 5)
+    last = jax.tree.map(np.asarray, state.params)
+    factors = {name: {"a": leaf["a"], "b": leaf["b"]} for name, leaf in jax.tree.map(np.asarray, method.leaves(last)).items()}
+    shared = {"block": factors, "mm_projector": last["mm_projector"]}
+    rest = sorted(set(last) - {"shared", *shared})
+    before, after = ({name: params[name] for name in rest} for params in (first, last))
+    return losses, trees.digest(shared), rest, trees.digest(before) == trees.digest(after)
+
+
+ROUTED = ["key", "keys", "pool", "query_projector"]
+FAMILY = [
+    (ProgLoRADynamic(pool_chunk=1), ROUTED), (ProgLoRALight(pool_chunk=1, shared_layers=1), ROUTED),
+    (ProgLoRAStatic(pool_chunk=1), ["pool"]),
+    (OLoRA(pool_chunk=1), ["pool"]), (MoCL(pool_chunk=1, match_weight=0.0), ["key", "keys", "pool"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method, names", FAMILY, ids=lambda value: getattr(value, "name", ""))
+def test_first_stage_is_plain_lora_bit_for_bit(method, names):
+    """Same seed, same start, same dropout: losses and blocks agree; keys and query projector stay as they were."""
+    sizes = SIZES | {"a_init": "kaiming" if method.name in ("olora", "mocl") else "normal001"}
+    assert (method.rank, method.alpha, method.a_init, method.dropout) == (*sizes.values(), 0.05)
+    losses, blocks, _, _ = five_steps(LoRA(**sizes))
+    mine, same, rest, untouched = five_steps(method)
+    assert mine == losses and len(set(losses)) == 5
+    assert same == blocks
+    assert untouched and rest == names
+
+
+@pytest.mark.parametrize("cls", [LwF, EWC])
+def test_without_a_past_regularised_lora_is_plain_lora(cls):
+    """The teacher is not asked and the penalty is 0 in the first stage."""
+    plain = dict(rank=16, alpha=32.0, a_init="kaiming")
+    losses, blocks, _, _ = five_steps(LoRA(**plain))
+    assert five_steps(cls(**plain))[:2] == (losses, blocks)
+
+
+def test_the_first_stage_of_sema_is_plain_lora_bit_for_bit():
+    """Its first phase; router rows do not move, for one module has gate 1."""
+    sizes = dict(rank=16, alpha=32.0, a_init="normal001")
+    results = []
+    for method in (LoRA(**sizes), SEMA(pool_chunk=1)):
+        assert (method.rank, method.alpha, method.a_init, method.dropout) == (*sizes.values(), 0.05)
+        run = harness.Harness(method, backbone="stub")
+        state, mask = run.begin(run.initial(), 0)
+        first = jax.tree.map(np.array, state.params)
+        after, losses = run.fit_phase(state, mask, 0, 5, method.phases(run.info(0))[0])
+        params = jax.tree.map(np.asarray, after.params)
+        results.append((losses, trees.digest({name: params[name] for name in ("block", "mm_projector")})))
+    assert results[0] == results[1] and len(set(results[0][0])) == 5
+    for name in ("row", "row_bias", "descriptor"):
+        assert trees.digest({name: params[name]}) == trees.digest({name: first[name]})
+
+
+def test_empty_slots_change_the_first_stage_by_rounding_only():
+    losses = five_steps(LoRA(**SIZES))[0]
+    np.testing.assert_allclose(five_steps(ProgLoRAStatic())[0], losses, rtol=1e-5)
