@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 # Two tasks, ten steps each, answers of two tokens; the block alone trains, which compiles quickest.
 FIELDS = {
     "method": "lora", "data__tasks": "TextVQA,OCRVQA", "train__max_steps": 10, "train__batch_size": 8, "evaluate__batch_size": 8,
-    "evaluate__max_new_tokens": 2, "run__checkpoint_every_steps": 1000, "mesh__data": -1,
+    "evaluate__max_new_tokens": 2, "run__checkpoint_every_steps": 1000, "mesh__data": -1, "model__remat": "auto",
 }  # fmt: skip
 
 
