@@ -73,12 +73,13 @@ def inside(imports: Iterator[Import]) -> list[Import]:
 ALL_IMPORTS = [i for path in PRODUCT for i in imports_of(path)]
 
 
-def fail_on(problems: list[object]) -> None:
-    assert not problems, "\n" + "\n".join(map(str, problems))
+def listed(problems: list[object]) -> str:
+    return "\n" + "\n".join(map(str, problems))
 
 
 def test_every_room_has_a_floor():
-    fail_on([f"{p.relative_to(ROOT)}: its room has no floor in FLOORS" for p in PRODUCT if room_of(p) not in FLOORS])
+    problems = [f"{p.relative_to(ROOT)}: its room has no floor in FLOORS" for p in PRODUCT if room_of(p) not in FLOORS]
+    assert not problems, listed(problems)
 
 
 def test_imports_go_down_or_stay_in_the_room():
@@ -87,42 +88,50 @@ def test_imports_go_down_or_stay_in_the_room():
         here, there = room_of(i.path), room_of(i.name)
         if here != there and FLOORS[there] >= FLOORS[here]:
             problems.append(f"{i}: floor {FLOORS[here]} may not import {there}/ on floor {FLOORS[there]}")
-    fail_on(problems)
+    assert not problems, listed(problems)
 
 
 def test_rooms_that_never_meet():
-    fail_on([i for i in inside(iter(ALL_IMPORTS)) if (room_of(i.path), room_of(i.name)) in NEVER])
+    problems = [i for i in inside(iter(ALL_IMPORTS)) if (room_of(i.path), room_of(i.name)) in NEVER]
+    assert not problems, listed(problems)
 
 
 def test_models_import_only_core():
-    fail_on([i for i in inside(iter(ALL_IMPORTS)) if room_of(i.path) == "models" and room_of(i.name) not in ("models", "core")])
+    problems = [i for i in inside(iter(ALL_IMPORTS)) if room_of(i.path) == "models" and room_of(i.name) not in ("models", "core")]
+    assert not problems, listed(problems)
 
 
 def test_imports_are_absolute():
-    fail_on([i for i in ALL_IMPORTS if i.name.startswith(".")])
+    problems = [i for i in ALL_IMPORTS if i.name.startswith(".")]
+    assert not problems, listed(problems)
 
 
 def test_data_never_imports_jax():
-    fail_on([i for i in ALL_IMPORTS if room_of(i.path) == "data" and i.name.split(".")[0] in USES_JAX])
+    problems = [i for i in ALL_IMPORTS if room_of(i.path) == "data" and i.name.split(".")[0] in USES_JAX]
+    assert not problems, listed(problems)
 
 
 def test_only_models_import_nnx():
-    fail_on([i for i in ALL_IMPORTS if room_of(i.path) != "models" and re.match(r"flax\.nnx\b", i.name)])
+    problems = [i for i in ALL_IMPORTS if room_of(i.path) != "models" and re.match(r"flax\.nnx\b", i.name)]
+    assert not problems, listed(problems)
 
 
 def test_the_product_never_imports_torch():
-    fail_on([i for i in ALL_IMPORTS if i.name.split(".")[0] in {"torch", "torchvision", "peft", "accelerate", "tensorflow"}])
+    problems = [i for i in ALL_IMPORTS if i.name.split(".")[0] in {"torch", "torchvision", "peft", "accelerate", "tensorflow"}]
+    assert not problems, listed(problems)
 
 
 def test_what_is_handed_out_stands_alone():
     known = {"torch", "transformers", "safetensors", "numpy", "PIL"} | set(sys.stdlib_module_names)
     assert HANDED_OUT
-    fail_on([i for path in HANDED_OUT for i in imports_of(path) if i.name.split(".")[0] not in known])
+    problems = [i for path in HANDED_OUT for i in imports_of(path) if i.name.split(".")[0] not in known]
+    assert not problems, listed(problems)
 
 
 def test_scores_take_strings_and_numbers():
     files = {p for name in ("scores*.py", "boxes.py", "sequence.py") for p in (ROOT / PACKAGE / "evaluation").glob(name)}
-    fail_on([i for i in ALL_IMPORTS if i.path in files and i.name.split(".")[0] in USES_JAX | {"numpy", "einops"}])
+    problems = [i for i in ALL_IMPORTS if i.path in files and i.name.split(".")[0] in USES_JAX | {"numpy", "einops"}]
+    assert not problems, listed(problems)
 
 
 def test_only_core_mesh_makes_meshes_and_shardings():
@@ -134,11 +143,12 @@ def test_only_core_mesh_makes_meshes_and_shardings():
             called = ast.unparse(node.func).split(".")
             if called[-1] in MESH_MAKERS and called[0] not in ours:
                 problems.append(f"{path.relative_to(ROOT)}:{node.lineno} makes a {called[-1]}")
-    fail_on(problems)
+    assert not problems, listed(problems)
 
 
 def test_configs_import_nothing_of_the_package():
-    fail_on([i for path in python_files("configs") for i in imports_of(path) if i.name.split(".")[0] == PACKAGE])
+    problems = [i for path in python_files("configs") for i in imports_of(path) if i.name.split(".")[0] == PACKAGE]
+    assert not problems, listed(problems)
 
 
 def test_no_import_cycles():
@@ -169,7 +179,7 @@ def test_files_are_short_and_lines_fit():
             problems.append(f"{path.relative_to(ROOT)}: {len(lines)} lines; under {TOO_LONG}, please: what else lives in it?")
         wide = [(n, len(line)) for n, line in enumerate(lines, 1) if len(line) > 140]
         problems += [f"{path.relative_to(ROOT)}:{n}: {width} characters, at most 140" for n, width in wide]
-    fail_on(problems)
+    assert not problems, listed(problems)
 
 
 def test_files_and_public_things_say_what_they_are_for():
@@ -181,12 +191,13 @@ def test_files_and_public_things_say_what_they_are_for():
             public = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_")
             if public and "tests" not in path.relative_to(ROOT).parts and not ast.get_docstring(node):
                 problems.append(f"{path.relative_to(ROOT)}:{node.lineno}: public {node.name} has no docstring")
-    fail_on(problems)
+    assert not problems, listed(problems)
 
 
 def test_user_input_is_never_checked_with_assert():
     found = [(p, n) for p in PRODUCT for n in ast.walk(TREES[p]) if isinstance(n, ast.Assert)]
-    fail_on([f"{p.relative_to(ROOT)}:{n.lineno}: assert; raise an error with a sentence" for p, n in found])
+    problems = [f"{p.relative_to(ROOT)}:{n.lineno}: assert; raise an error with a sentence" for p, n in found]
+    assert not problems, listed(problems)
 
 
 def asserts(node: ast.AST, helpers: set[str]) -> bool:
@@ -226,7 +237,7 @@ def test_test_files_have_names_of_their_own_and_every_test_asserts():
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
                 if not asserts(node, helpers):
                     problems.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name} asserts nothing")
-    fail_on(problems)
+    assert not problems, listed(problems)
 
 
 def test_no_leftover_notes_and_no_paths_of_one_machine():
@@ -238,7 +249,7 @@ def test_no_leftover_notes_and_no_paths_of_one_machine():
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="ignore").splitlines(), 1):
             if notes.search(line):
                 problems.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
-    fail_on(problems)
+    assert not problems, listed(problems)
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
