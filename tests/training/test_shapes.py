@@ -89,6 +89,9 @@ def test_the_light_variant_stores_no_pool_below():
     assert rests == {"pool": 7 * 36_229_120, "keys": 8 * KEY}
     assert sum(trains.values()) - trains["mm_projector"] - trains["shared"] == 38_342_912  # "38M": the published count has no shared block
     assert rests["pool"] + trains["block"] == 289_832_960
+    stage = stages("proglora_light")[-1]
+    stored = METHODS["proglora_light"]().stored_parameters(stage.state, stage.info)
+    assert stored == 289_832_960 + 3_747_840, "the shared block is stored once"
     first, second = stages("proglora_light", tasks=TASKS[:2], bottom="shared_frozen_after_first")
     assert "shared" in counts(first)[0] and counts(second)[1]["shared"] == 3_747_840
 
