@@ -186,7 +186,7 @@ def compare(name: str, shape: Shape, folder: str, rounds: int, steps: int) -> li
     other, same = There(shape, folder, ours, blocks, remat), method in SAME_FUNCTION
     first = [ours.train() for _ in range(3)]
     theirs = [other.train() for _ in range(3)]
-    if same and not np.allclose(first, theirs, rtol=1e-3):
+    if same and not np.allclose(first, theirs, rtol=1e-5, atol=0):
         raise RuntimeError(f"{name}: the two sides do not train the same: losses {first} here, {theirs} in torch")
     rows = [{"case": name, "what": "training step", "losses": [first, theirs], "compile_s": compiled}
             | in_turns(ours.train, other.train, rounds, steps)]
