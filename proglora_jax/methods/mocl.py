@@ -113,7 +113,6 @@ class MoCL(Pooled):
         """Not possible: the gates depend on each sample's instruction."""
         raise ValueError(f"{self.name} cannot be folded into one adapter: its gates are computed from each sample's instruction")
 
-
     def routing(self, state: CLState) -> Routing:
         """Cosines of the mean instruction embedding with the keys; eight times as sharp before the softmax.
 

@@ -9,6 +9,7 @@ from typing import Any
 from proglora_jax.core.stack import REMAT_POLICIES
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.plan import GROUPINGS, check_buckets
+from proglora_jax.data.schema import BAD_RECORD_POLICIES
 from proglora_jax.data.tasks import TASKS
 from proglora_jax.data.templates import INSTRUCTION_SETS, TEMPLATES
 from proglora_jax.evaluation.published import ROWS
@@ -43,7 +44,7 @@ def check_settings(settings: Any) -> None:
         _one_of("data.template", data.template, tuple(TEMPLATES)),
         _one_of("data.grouping", data.grouping, GROUPINGS),
         _one_of("data.remainder", data.remainder, ("drop", "wrap")),
-        _one_of("data.on_bad_record", data.on_bad_record, ("stop", "skip_and_count")),
+        _one_of("data.on_bad_record", data.on_bad_record, BAD_RECORD_POLICIES),
         _one_of("data.on_bad_image", data.on_bad_image, ("raise", "blank")),
         _one_of("data.on_unsupervised", data.on_unsupervised, ("raise", "drop")),
         _one_of("data.empty_answer", data.empty_answer, ("drop", "eos")),
