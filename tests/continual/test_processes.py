@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny_encoders
 import tiny_run
+import warm_start
 from test_resume import Place, losses, step
 from tiny_run import here  # noqa: F401 (a fixture)
 
@@ -42,15 +43,12 @@ class Team:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         flags = tiny_run.flags(place.model, place.folder / "data", **FIELDS | {"run__compilation_cache": tiny_run.compiled()} | fields)
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": tiny_run.xla_flags(1)}
-        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # they compile more than they compute
-        environment["PYTHONPATH"] = f"{place.folder / 'path'}{os.pathsep}{ROOT}"
+        # They compile more than they compute.
+        environment = {**os.environ, "XLA_FLAGS": tiny_run.xla_flags(1), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
         self.workdir, self.logs, self.members = workdir, [workdir.parent / f"{workdir.name}.{i}.log" for i in range(count)], []
         for number, log in enumerate(self.logs):
             who = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={number}"]
-            command = [sys.executable, "-m", "proglora_jax.main", *flags, f"--workdir={workdir}", *who]
-            with open(log, "w", encoding="utf-8") as out:
-                self.members.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=workdir.parent))
+            self.members.append(warm_start.start([*flags, f"--workdir={workdir}", *who], environment, log, workdir.parent))
 
     def when(self, event) -> None:
         """Waits for an event in the workdir."""

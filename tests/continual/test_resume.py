@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_run
+import warm_start
 
 ROOT = Path(__file__).parents[2]
 FIRST, SECOND, THIRD = "stages/00_textvqa", "stages/01_imagenet", "stages/02_ocrvqa"
@@ -29,17 +30,12 @@ class Place:
     def __init__(self, folder: Path):
         self.folder = folder
         self.model = tiny_run.save_model(folder / "model")
-        # torch is installed for tests only; transformers would load it, which takes as long as all other imports.
-        (folder / "path").mkdir()
-        (folder / "path" / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
 
-    def start(self, workdir: Path, devices: int = 1, **fields) -> Process:
-        """Starts the run in a workdir, or goes on with it."""
+    def start(self, workdir: Path, devices: int = 1, afresh: bool = False, **fields) -> Process:
+        """Starts the run in a workdir, or goes on with it; `afresh` in a new interpreter, as a user does."""
         fields = {"train__batch_size": 8, "run__compilation_cache": tiny_run.compiled(), "mesh__data": -1} | fields
-        flags = tiny_run.flags(self.model, self.folder / "data", **fields)
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{self.folder / 'path'}{os.pathsep}{ROOT}"}
-        environment["XLA_FLAGS"] = tiny_run.xla_flags(devices)
-        return Process([sys.executable, "-m", "proglora_jax.main", *flags, f"--workdir={workdir}"], environment, workdir)
+        flags = [*tiny_run.flags(self.model, self.folder / "data", **fields), f"--workdir={workdir}"]
+        return Process(flags, {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": tiny_run.xla_flags(devices)}, workdir, afresh)
 
     def finish(self, workdir: Path, **fields) -> str:
         """Runs to the end, which must be a good one; returns what was printed."""
@@ -51,10 +47,14 @@ class Place:
 class Process:
     """A run in a process of its own, which can be watched through its workdir."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], workdir: Path):
+    def __init__(self, flags: list[str], environment: dict[str, str], workdir: Path, afresh: bool):
         workdir.parent.mkdir(parents=True, exist_ok=True)
         self.workdir, self.log = workdir, workdir.parent / f"{workdir.name}.log"
+        if not afresh:
+            self.popen = warm_start.start(flags, environment, self.log, workdir.parent)
+            return
         with open(self.log, "w", encoding="utf-8") as log:
+            command = [sys.executable, "-m", "proglora_jax.main", *flags]
             self.popen = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=workdir.parent)
 
     def wait(self, seconds: float = 300) -> tuple[int, str]:
@@ -148,7 +148,7 @@ def place(tmp_path_factory) -> Place:
 def clean(place) -> Path:
     """The workdir of the uninterrupted run."""
     workdir = place.folder / "clean"
-    place.finish(workdir)
+    place.finish(workdir, afresh=True)
     assert len(losses(workdir)) == 24
     return workdir
 
