@@ -14,6 +14,8 @@ if "xla_backend_extra_options" not in os.environ["XLA_FLAGS"] and os.environ.get
     # The tests compile more than they compute, and the newer emitters of fusions take more than half of XLA's time on a CPU. With the older
     # ones two programs that have a computation in common may differ in its last bit; tests/methods/test_first_stage.py asks for the newer.
     os.environ["XLA_FLAGS"] += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+# Without the costly optimisations programs compile in half the time; they are run a few times only.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 host.keep_freed_memory()
 # Compiled programs of the session: the first process makes the folder; workers and the runs that tests start find its name.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -163,8 +163,7 @@ class Here:
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Iterator[Here]:
     """Import it into a test file: its runs take the first of the simulated devices, and compile each program once."""
-    options = {name: getattr(jax.config, name) for name in CHANGED} | {"jax_disable_most_optimizations": False}
-    jax.config.update("jax_disable_most_optimizations", True)
+    options = {name: getattr(jax.config, name) for name in CHANGED}
     make, level = meshes.make_mesh, logging.get_verbosity()
     meshes.make_mesh = lambda shape, devices=None: make(shape, devices or jax.devices()[:1])
     yield Here(tmp_path_factory.mktemp("here"))

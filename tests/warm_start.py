@@ -60,7 +60,7 @@ def start(arguments: list[str], environment: dict[str, str], log: Path, folder: 
 
     Args:
         arguments: its flags.
-        environment: all its variables. JAX has read its own (JAX_...) already; those that differ must name options that can be changed.
+        environment: all its variables, with JAX's own (JAX_...) as in this process: they are read at import.
         log: file for what it prints.
         folder: its working directory.
     """
@@ -128,12 +128,8 @@ def _become(log: Path, folder: Path) -> None:
 
 
 def _run(arguments: list[str], environment: dict[str, str]) -> None:
-    import jax
     from proglora_jax import main
 
-    for name, value in environment.items():
-        if name.startswith("JAX_") and os.environ.get(name) != value:
-            jax.config.update(name.lower(), json.loads(value))
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["proglora_jax.main", *arguments]

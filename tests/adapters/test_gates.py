@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.adapters import gates
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.adapters import lowrank
 from proglora_jax.core.types import Targets

@@ -368,7 +368,6 @@ def test_wrong_command_lines_are_one_sentence(capsys, arguments, sentence):
 
 def test_two_methods_through_the_command_line(tmp_path, capsys, monkeypatch):
     """Two tasks of two steps each, as processes of the main job; the second call finds everything done."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     monkeypatch.setenv("XLA_FLAGS", tiny_run.xla_flags(1))
     model = tiny_run.save_model(tmp_path / "model")
     fields = {"data__tasks": "TextVQA,ImageNet", "train__max_steps": 2, "run__compilation_cache": tiny_run.compiled()}

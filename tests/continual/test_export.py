@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -87,12 +86,10 @@ def write_run(workdir: Path, model: Path, source, name: str, protocol: str, fiel
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Iterator[World]:
-    """The model and its runs, shared by all tests of the file; programs run once, so they are not optimised."""
+def world(tmp_path_factory) -> World:
+    """The model and its runs, shared by all tests of the file."""
     torch.set_num_threads(1)  # for models this small, a second thread only waits
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield World(tmp_path_factory.mktemp("world"))
-    jax.config.update("jax_disable_most_optimizations", False)
+    return World(tmp_path_factory.mktemp("world"))
 
 
 def difference(line: str) -> float:

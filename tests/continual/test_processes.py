@@ -43,8 +43,7 @@ class Team:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         flags = tiny_run.flags(place.model, place.folder / "data", **FIELDS | {"run__compilation_cache": tiny_run.compiled()} | fields)
-        # They compile more than they compute.
-        environment = {**os.environ, "XLA_FLAGS": tiny_run.xla_flags(1), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+        environment = {**os.environ, "XLA_FLAGS": tiny_run.xla_flags(1)}
         self.workdir, self.logs, self.members = workdir, [workdir.parent / f"{workdir.name}.{i}.log" for i in range(count)], []
         for number, log in enumerate(self.logs):
             who = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={number}"]

@@ -8,7 +8,6 @@ import harness
 import jax
 import numpy as np
 import pytest
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.core import tree as trees
 from proglora_jax.methods.ewc import EWC

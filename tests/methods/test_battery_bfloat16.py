@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import battery
 import pytest
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.methods.registry import NAMES
 

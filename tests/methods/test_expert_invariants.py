@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 import tiny_llava
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees

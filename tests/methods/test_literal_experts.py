@@ -8,7 +8,6 @@ import oracle
 import pytest
 import tiny_llava
 from literal import cosine, softmax
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.data import batch as codes
 from proglora_jax.methods.branchlora import BranchLoRA

@@ -12,7 +12,6 @@ import oracle
 import pytest
 import tiny_llava
 from literal import cosine, softmax
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.adapters import distill, rank_pool
 from proglora_jax.data import batch as codes

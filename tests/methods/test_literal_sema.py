@@ -10,7 +10,6 @@ import oracle
 import pytest
 import tiny_llava
 from literal import softmax
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.adapters import descriptors
 from proglora_jax.core import tree as trees

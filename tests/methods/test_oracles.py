@@ -6,7 +6,6 @@ import numpy as np
 import oracle
 import pytest
 from oracle import close, play
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.methods.ewc import EWC
 from proglora_jax.methods.lwf import LwF

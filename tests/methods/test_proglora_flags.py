@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import routing_world as world
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.adapters import gates as gating
 from proglora_jax.adapters import lowrank

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import routing_world as world
 import tiny_llava
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.core import tree as trees
 from proglora_jax.data.errors import UserError

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import routing_world as world
 import tiny_llava
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.core import tree as trees
 from proglora_jax.methods.proglora_static import ProgLoRAStatic

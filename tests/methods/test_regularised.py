@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import routing_world as world
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.core import tree as trees
 from proglora_jax.data import batch as codes

@@ -11,7 +11,6 @@ import pytest
 import routing_world as world
 import tiny_llava
 from harness import Harness, small
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.adapters import gates as gating
 from proglora_jax.core import mesh as meshes

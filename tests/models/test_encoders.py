@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny_encoders
 import torch
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.checkpoints.encoder_import import check_encoders, find_bert, find_vit
 from proglora_jax.data.errors import UserError

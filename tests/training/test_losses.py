@@ -9,7 +9,6 @@ import pytest
 import tiny_hf
 import tiny_llava
 import torch
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.checkpoints.hf_import import load_llava
 from proglora_jax.data.batch import ANSWER

@@ -11,7 +11,6 @@ import optax
 import pytest
 import torch
 import transformers
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.methods.base import ADAPTER, GATE, PROJECTOR
 from proglora_jax.methods.registry import METHODS

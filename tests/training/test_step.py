@@ -13,7 +13,6 @@ import optax
 import pytest
 import stub_llava
 import tiny_llava
-from quick import quick_compiles  # noqa: F401
 
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
