@@ -332,6 +332,9 @@ def test_bad_training_records_are_left_out_and_counted_where_that_is_asked_for(h
     main.run(here.config("lora", **fields), tmp_path / "run")
     assert f"{path}: 2 of 20 records are left out (config.data.on_bad_record=skip_and_count): record 3 (id" in caplog.text
     assert "box '[0.1, 0.2, 1.3, 0.4]' must be four numbers between 0 and 1; record 5 (id" in caplog.text
+    read = json.loads((tmp_path / "run" / "results.json").read_text())["data"][0]
+    assert (read["rows"], read["bad_records"], read["unsupervised"]) == (18, 2, 0)
+    assert re.search(r"\| 1 Grounding +\| +18 +\| +2 +\|", (tmp_path / "run" / "report.md").read_text())
     # questions are never left out, and a file of which nothing is left is refused
     edit(records(root, "Grounding", "test"), lambda r: r[1].update(answer_bbox="[0.1, 0.2, 1.7, 0.4]") and None)
     assert re.search("test.json: 1 problem.*box '.*1.7.*' must be four numbers", refuse(**fields))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import os
 import signal
@@ -100,6 +101,8 @@ def _import_all() -> None:
 
     # Forks are made before there are threads of JAX.
     warnings.filterwarnings("ignore", message="os.fork")
+    gc.collect()
+    gc.freeze()
 
 
 def _serve() -> tuple[list[str], dict[str, str]]:

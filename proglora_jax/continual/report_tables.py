@@ -148,8 +148,13 @@ def _used_blocks(gates: dict[str, list[float]], expected: int) -> int:
     return blocks
 
 
+# Heads of a column, and what it counts in a record's `data`.
+_ROWS = {"rows": "rows", "left out, unusable": "bad_records", "left out, no answer": "unsupervised", "cut short": "truncated",
+         "with an empty answer": "empty_answers"}  # fmt: skip
+
+
 def cost_section(record: RunRecord) -> Section | None:
-    """What trained in each stage, and how long it took."""
+    """What trained in each stage, on how many rows, and how long it took."""
     tables = []
     if any(record.counts):
         groups = list(dict.fromkeys(group for counts in record.counts for group in counts or ()))
@@ -159,6 +164,12 @@ def cost_section(record: RunRecord) -> Section | None:
             total = f"{sum(counts.values()):,}" if counts else ABSENT
             rows.append((_stage_name(record, stage), *numbers, total))
         tables.append(Table(("stage", *groups, "total"), tuple(rows), "Trainable parameters"))
+    if any(record.data):
+        # Of what may be wrong with records, what is wrong with none is not told.
+        heads = {head: name for head, name in _ROWS.items() if name == "rows" or any((read or {}).get(name) for read in record.data)}
+        rows = [(_stage_name(record, stage), *(f"{read[name]:,}" if read and name in read else ABSENT for name in heads.values()))
+                for stage, read in enumerate(record.data)]  # fmt: skip
+        tables.append(Table(("stage", *heads), tuple(rows), "Training rows of the stage's own tasks"))
     if any(record.seconds):
         rows, sums = [], {"train": 0.0, "evaluate": 0.0}
         for stage, seconds in enumerate(record.seconds):

@@ -68,7 +68,7 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
     tasks, run, other = session.tasks, session.settings.run, session.settings.evaluate.also_image_mode
     matrix: dict[str, list] = {mode: [] for mode in (*MODES, *(with_images(mode, other) for mode in MODES if other))}
     gates: dict[int, dict[str, list[float]]] = {}
-    counts, seconds, ceilings = [], [], {}
+    counts, seconds, read, ceilings = [], [], [], {}
     for stage in stages:
         folder = stage.folder(session.workdir)
         scored = {task: _read(scores_file(folder, tasks[task])) for task in stage.evaluate}
@@ -87,6 +87,7 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
         ceilings |= {name: score["ceiling"]["coin"] for name, score in known.items()}
         meta = _read(folder / FINAL / "meta.json", checksum=False) or {}
         counts.append(meta.get("trainable", {}))
+        read.append(meta.get("data", {}))
         twice = [score for task, score in again.items() if score is not None and images[task]]
         spent = sum(score["seconds"] for score in (*known.values(), *twice))
         seconds.append({"train": meta.get("seconds", {}).get("train", 0.0), "evaluate": spent})
@@ -96,7 +97,7 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
     settings |= {name: value for name, value in dataclasses.asdict(session.method).items()}
     return RunRecord(
         method=session.method.name, seed=run.seed, tasks=tasks, scoring=matrix, gates=gates, isolated=_isolated(session, matrix),
-        baselines={"score of the references themselves": ceilings} if ceilings else {}, counts=counts, seconds=seconds,
+        baselines={"score of the references themselves": ceilings} if ceilings else {}, counts=counts, seconds=seconds, data=read,
         command=_command(session.workdir), versions=versions(), config_hash=config_hash(session.workdir),
         benchmark="coin_mini" if session.settings.data.benchmark == "embedded" else "CoIN", settings=settings,
     )

@@ -14,6 +14,8 @@ The file is one JSON object. Stages and blocks count from 0. A stage or score th
     baselines    {name: {task: float}}      optional; e.g. question-only answers, score of the references themselves
     counts       [{group: int}]             per stage: parameters that train, by group
     seconds      [{"train": s, "evaluate": s}]  per stage; wall clock
+    data         [{what: int}]  per stage: "rows" of its own tasks, and how many records of theirs were left out ("bad_records",
+                                "unsupervised"), were cut short ("truncated") or have an empty answer ("empty_answers")
     command      str            the command that made the run
     versions     {package: str}
     config_hash  str
@@ -63,6 +65,7 @@ class RunRecord:
     baselines: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     counts: Sequence[Mapping[str, int] | None] = ()
     seconds: Sequence[Mapping[str, float] | None] = ()
+    data: Sequence[Mapping[str, int] | None] = ()
     command: str = ""
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     config_hash: str = ""

@@ -96,7 +96,8 @@ def _train_stage(
     tree = meshes.to_host(method.to_disk(state)) | {"embedding": {f"task_{stage.index:02d}": embedding}}
     digest = trees.digest(tree)
     meta = results.stage_meta(session, stage, digest, before.digest if before else "", counts, {
-        "train": seconds, "stage": time.monotonic() - began}, alike if embedding else np.zeros(0, np.float32)) | {"encoders": encoders}
+        "train": seconds, "stage": time.monotonic() - began}, alike if embedding else np.zeros(0, np.float32)) | {
+        "encoders": encoders, "data": {"rows": len(own)} | own.counts if own else {}}
     save_checkpoint(folder / FINAL, {"adapter": tree}, {"meta": meta})
     session.logger.event("stage_trained", digest=digest, seconds=seconds)
     merged = trees.merge(before.tree if before else {}, tree)

@@ -42,12 +42,14 @@ class StageData:
 
 
 def own_rows(session: Session, stage: Stage) -> EncodedRows:
-    """The encoded training rows of a stage's own tasks."""
+    """The encoded training rows of a stage's own tasks; their counts have the records that could not be used ("bad_records") too."""
     rows: list[TrainRow] = []
     for task in stage.train:
         examples = select_subset(session.data[session.tasks[task]].train, session.settings.data.train_examples)
         rows += replays.task_rows(examples, stage.local(task))
-    return encode_rows(rows, session.encoder, session.settings.data.on_unsupervised)
+    encoded = encode_rows(rows, session.encoder, session.settings.data.on_unsupervised)
+    bad = sum(session.data[session.tasks[task]].bad_records for task in stage.train)
+    return dataclasses.replace(encoded, counts={"bad_records": bad} | encoded.counts)
 
 
 def stage_data(

@@ -116,7 +116,7 @@ def read_json(path: str) -> object:
 
 def read_examples(
     path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None, *, boxes: bool = False, on_bad: str = "stop"
-) -> list[Example]:
+) -> tuple[list[Example], int]:
     """Reads a training file.
 
     Unknown keys are ignored; gpt turns before the first human turn and an unanswered last human turn are dropped; a
@@ -132,18 +132,23 @@ def read_examples(
         on_bad: what becomes of records that are refused: "stop" names them in an error, "skip_and_count" leaves them out and logs
             how many, and the first of them.
 
+    Returns:
+        (the examples in file order, how many records were left out).
+
     Raises:
         UserError: "<path>: N problem(s): record 3 (id 17): no 'conversations' list; ...", "config.data.on_bad_record=x: ..."
     """
     if on_bad not in BAD_RECORD_POLICIES:
         raise UserError(f"config.data.on_bad_record={on_bad}: choose one of {', '.join(BAD_RECORD_POLICIES)}")
-    scan = scan_examples(path, task, image_root, image_aliases, boxes=boxes)
+    scan, left_out = scan_examples(path, task, image_root, image_aliases, boxes=boxes), 0
     if on_bad == "skip_and_count" and scan.bad and scan.records:
+        left_out = len(scan.bad)
         total = len(scan.records) + len(scan.bad)
-        logging.warning("%s: %d of %d records are left out (config.data.on_bad_record=skip_and_count): %s%s.", path, len(scan.bad), total,
+        logging.warning("%s: %d of %d records are left out (config.data.on_bad_record=skip_and_count): %s%s.", path, left_out, total,
                         "; ".join(map(str, scan.bad[:3])), " ..." if len(scan.bad) > 3 else "")
         scan = Scan(scan.records, scan.positions, [], scan.notes)
-    return _all_good(path, scan, "" if on_bad == "skip_and_count" else ", or set config.data.on_bad_record=skip_and_count")
+    more = "" if on_bad == "skip_and_count" else ", or set config.data.on_bad_record=skip_and_count"
+    return _all_good(path, scan, more), left_out
 
 
 def read_questions(path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None) -> list[Question]:

@@ -138,10 +138,19 @@ class TaskData:
         return self.task.scorer == "grounding"
 
     @cached_property
-    def train(self) -> list[Example]:
-        """Training examples in file order. Raises: UserError as `read_examples` does."""
+    def _training(self) -> tuple[list[Example], int]:
         how = {"boxes": self.answers_are_boxes, "on_bad": self.on_bad}
         return read_examples(self.path("train.json"), self.task.name, self.image_root, self._image_aliases(), **how)
+
+    @property
+    def train(self) -> list[Example]:
+        """Training examples in file order. Raises: UserError as `read_examples` does."""
+        return self._training[0]
+
+    @property
+    def bad_records(self) -> int:
+        """Training records that were left out. Raises: UserError as `read_examples` does."""
+        return self._training[1]
 
     @cached_property
     def questions(self) -> list[Question]:

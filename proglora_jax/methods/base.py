@@ -49,6 +49,7 @@ class Method:
         gate_unit: what a recorded gate belongs to, in figures.
         isolated_as: the method that forward transfer is measured against, on each task alone: "lora" for all that are plain LoRA of
             the same rank on a single task, "self" for the method itself, "" where there is nothing to isolate.
+        grows_by_data: whether the data decide what is stored; `stored_parameters` of shapes is then the most that it can be.
     """
 
     rank: int = 16
@@ -69,6 +70,7 @@ class Method:
     blocks_are_tasks: ClassVar[bool] = True
     gate_unit: ClassVar[str] = "block"
     isolated_as: ClassVar[str] = "lora"
+    grows_by_data: ClassVar[bool] = False
 
     def __post_init__(self):
         require(self.rank >= 1, "rank", self.rank, "rank must be >= 1 (ProgLoRA uses 16)")

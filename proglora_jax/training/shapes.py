@@ -125,8 +125,9 @@ def describe_parameters(method: Method, stage: StageShapes, backbone: Mapping[st
     adapter = sum(count for name, count in counts.items() if name != "mm_projector")
     if adapter:
         stored = method.stored_parameters(stage.state, stage.info)
+        most = "at most " if method.grows_by_data and isinstance(jax.tree.leaves(stage.state.memory)[0], jax.ShapeDtypeStruct) else ""
         lines.append(f"as the papers count, without the mm_projector: {adapter:,} train ({adapter / 1e6:.1f} M); "
-                     f"blocks learned so far and now: {stored:,} ({stored / 1e6:.1f} M)")
+                     f"blocks learned so far and now: {most}{stored:,} ({stored / 1e6:.1f} M)")
     return "\n".join(lines)
 
 

@@ -39,6 +39,7 @@ def record(stages=8, **changes):
         "baselines": {"question_only": dict.fromkeys(TASKS, 12.5)},
         "counts": [{"pool block": 39976960, "key": 4096}] * stages,
         "seconds": [{"train": 187.0, "evaluate": 42.0}] * stages,
+        "data": [{"rows": 1200 + stage, "bad_records": 2 * (stage == 5), "truncated": 0} for stage in range(stages)],
         "command": "python -m proglora_jax.main --config configs/coin.py",
         "versions": {"jax": "0.10.2"},
         "config_hash": "1a2b3c",
@@ -314,3 +315,13 @@ def test_pages_of_plain_sections():
     sections = [Section("s", notes=("n",), tables=(Table(("a", "b"), (("1", "2"),), words=True),), literal="x ``` y")]
     assert "````\nx ``` y\n````" in to_markdown("t", sections) and "| --- | --- |" in to_markdown("t", sections)
     assert '<table class="words">' in to_html("t", sections)
+
+
+def test_rows_that_were_left_out_are_told_where_there_are_any(tmp_path):
+    page, _, _ = written(record(), tmp_path)
+    table = page[page.index("Training rows of the stage's own tasks") :].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("|")][:10]
+    assert cells[0] == ["stage", "rows", "left out, unusable"], "no record was cut short, so nothing is said about that"
+    assert cells[2] == ["1 ScienceQA", "1,200", "0"] and cells[7] == ["6 Grounding", "1,205", "2"]
+    page, _, _ = written(record(data=()), tmp_path)
+    assert "Training rows" not in page

@@ -295,7 +295,8 @@ def test_the_verb_reports_and_obeys_the_policy(root, tmp_path, capsys):
     assert len([p for p in content["problems"] if p["kind"] == "missing_image"]) == 4 and content["exit_status"] == 1
 
     status, lines = run(capsys, root, "--tasks", "gqa,VizWiz", "--policy", "skip_and_count")
-    assert status == 0 and lines[-1].endswith("5 problem(s) counted and accepted; training stops at 1 of them all the same, repair those")
+    assert status == 0 and lines[-1].endswith("5 problem(s) counted and accepted; training stops at 1 of them all the same, repair those; "
+                                               "a run goes on at the others with config.data.on_bad_image=blank")
 
 
 def test_the_verb_with_the_embedded_model(pristine, capsys):

@@ -18,7 +18,7 @@ def root(tmp_path):
 
 
 def examples(tmp_path, root, *records):
-    return read_examples(write_json(str(tmp_path / "train.json"), list(records)), "GQA", root)
+    return read_examples(write_json(str(tmp_path / "train.json"), list(records)), "GQA", root)[0]
 
 
 def questions(tmp_path, root, *records):
@@ -28,8 +28,8 @@ def questions(tmp_path, root, *records):
 @pytest.mark.parametrize("answer", ["[0.1, 0.2, 0.3]", "[0.1, NaN, 0.3, 0.4]", "It is at [0.1, 0.2, 30, 0.4].", "[0.1,0.2,0.3,-inf]"])
 def test_answers_that_teach_a_box_that_is_none(tmp_path, root, answer):
     path = write_json(str(tmp_path / "train.json"), [{"id": 4, "conversations": conversation(("Q1", "[0, 0, 0.5, 1]"), ("Q2", answer))}])
-    (example,) = read_examples(path, "GQA", root)  # of a task whose answers are no boxes
-    assert example.turns[1][1] == answer
+    (example,), left_out = read_examples(path, "GQA", root)  # of a task whose answers are no boxes
+    assert example.turns[1][1] == answer and left_out == 0
     with pytest.raises(UserError, match=r"json: 1 problem\(s\): record 0 \(id 4\): answer of turn 1: box '\[.*\]' must be four numbers"):
         read_examples(path, "Grounding", root, boxes=True)
     with pytest.raises(UserError, match="config.data.on_bad_record=skip: choose one of stop, skip_and_count"):
@@ -138,7 +138,7 @@ def test_missing_file_and_folder(tmp_path):
 def test_byte_order_mark_and_lone_surrogates(tmp_path):
     path = tmp_path / "train.json"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps([{"conversations": conversation(("Q \ud800", "A"))}]).encode())
-    (example,) = read_examples(str(path), "GQA", str(tmp_path))
+    (example,), _ = read_examples(str(path), "GQA", str(tmp_path))
     assert example.turns[0][0].encode("utf-8").startswith(b"Q ")
 
 

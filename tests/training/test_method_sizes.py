@@ -110,6 +110,16 @@ def described(name: str, stage: shapes.StageShapes) -> str:
     return shapes.describe_parameters(METHODS[name](), stage, {})
 
 
+def test_modules_that_depend_on_the_data_are_counted_as_a_bound():
+    block = 16 * PER_RANK  # of 32 layers, of which the upper eight may grow
+    for index, stage in enumerate(stages("sema")):
+        assert f"blocks learned so far and now: at most {block + index * block // 4:,} (" in described("sema", stage)
+    run = harness.Harness(harness.small("sema"))
+    state, mask = run.begin(run.initial(), 0)
+    begun = shapes.StageShapes(run.info(0), state, mask)
+    assert "blocks learned so far and now: 3,968 (" in shapes.describe_parameters(run.method, begun, {})
+
+
 def test_ranks_that_pclr_has_kept_are_counted_not_one_block_per_task():
     """Four tasks of 64 ranks fill the pool, each later one takes the place of what was dropped; the last two add 32."""
     per_rank = PER_RANK + PROJECTOR_RANK

@@ -30,6 +30,9 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "duplicate": ("leaked", "questions on a picture that training asks too", "a run trains on them and scores them"),
 }
 POLICIES = ("stop", "skip_and_count")
+# What lets a run go on past problems of a kind at which it stops by default.
+_SETTINGS = dict.fromkeys(("schema", "box"), "config.data.on_bad_record=skip_and_count") | dict.fromkeys(
+    ("missing_image", "corrupt_image"), "config.data.on_bad_image=blank")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +193,8 @@ class Findings:
             return f"{walked}: {total:,} problem(s); repair them, or accept them with --policy skip_and_count"
         stops = sum(problem.stops for problem in self.problems)
         rest = f"; training stops at {stops:,} of them all the same, repair those" if stops else ""
+        settings = dict.fromkeys(_SETTINGS[one.kind] for one in self.problems if one.kind in _SETTINGS and not one.stops)
+        rest += f"; a run goes on at {'the others' if stops else 'them'} with {' and '.join(settings)}" if settings else ""
         return f"{walked}: {total:,} problem(s) counted and accepted{rest}"
 
     def to_dict(self, policy: str) -> dict:
