@@ -27,7 +27,7 @@ class Cost:
         trainable: parameters that train in the stage where most do, the mm_projector included.
         stored: parameters in the checkpoints of all stages together, one that a later stage replaces counted once.
         beside: other numbers that are stored: features, statistics, a teacher.
-        seconds: median seconds of a training step.
+        seconds: median seconds of a training step that runs the model; steps on stored features do not count.
         memory: peak memory of the device (of the process, where the device is a CPU), bytes.
     """
 
@@ -62,7 +62,10 @@ def _stored(workdir: Path) -> tuple[int | None, int | None]:
 
 
 def _steps(path: Path) -> tuple[float | None, int | None]:
-    """(median seconds per step, largest memory peak) of a run's record; the first interval of each phase, which compiles, left out."""
+    """(median seconds per step, largest memory peak) of a run's record.
+
+    The first interval of each phase, which compiles, is left out, and so are phases that train on features, not on tokens.
+    """
     seconds, peaks, seen = [], [], set()
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -76,7 +79,7 @@ def _steps(path: Path) -> tuple[float | None, int | None]:
         if not isinstance(entry, dict) or entry.get("kind") != "step":
             continue
         phase = (entry.get("stage"), entry.get("phase"))
-        if phase in seen and "seconds_per_step" in entry:
+        if phase in seen and "seconds_per_step" in entry and "supervised_tokens" in entry:
             seconds.append(entry["seconds_per_step"])
         seen.add(phase)
         peaks += [entry["memory_peak_bytes"]] if "memory_peak_bytes" in entry else []

@@ -42,8 +42,9 @@ def results_section(groups: Groups, costs: Mapping[str, Sequence[Cost]]) -> Sect
         "(first scoring mode only).",
         "coin: scored as CoIN's scripts do, defects included; clean: the same answers, sane parsing.",
         "trainable: parameters that train in the stage where most do, mm_projector included. stored: parameters in the checkpoints of all "
-        "stages; beside: features, statistics or a teacher. s/step: median over the run, of all runs of the method; runs at the same "
-        "time slow each other down. peak memory: the largest of the method's runs, of the device, or of the process on a CPU.",
+        "stages; beside: features, statistics or a teacher. s/step: median over the steps through the model, of all runs of the method; "
+        "runs at the same time slow each other down. peak memory: the largest of the method's runs, of the device, or of the process on a "
+        "CPU.",
     )
     return Section("Results", notes, tables=tuple(tables))
 

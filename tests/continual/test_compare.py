@@ -308,7 +308,9 @@ def test_costs_come_from_the_files_of_a_run(tmp_path):
         (folder / "trees.json").write_text(json.dumps({"adapter": described}))
     steps = [(0, 9.0, 5), (0, 1.0, 7), (0, 2.0, 7), (1, 9.0, 6), (1, 3.0, 6)]
     named = [dict(stage=stage, seconds_per_step=seconds, memory_peak_bytes=peak) for stage, seconds, peak in steps]
-    lines = [json.dumps({"kind": "step", "phase": "train"} | entry) for entry in named]
+    lines = [json.dumps({"kind": "step", "phase": "train", "supervised_tokens": 9.0} | entry) for entry in named]
+    # Steps on stored features do not run the model.
+    lines += [json.dumps({"kind": "step", "phase": "rd", "stage": 0, "seconds_per_step": 0.001, "memory_peak_bytes": 7})] * 9
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"kind": "scores"}', "torn {"]))
     assert cost_of(record("mocl"), tmp_path) == Cost(trainable=12, stored=16, beside=9, seconds=2.0, memory=7)
     assert cost_of(record("mocl"), tmp_path / "nothing") == Cost(12, None, None, None, None)
