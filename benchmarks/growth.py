@@ -5,16 +5,17 @@
 
 The model is the embedded one with the settings of configs/coin_mini.py. For a sequence of 1, 2, 4 ... 32 tasks the step of the last stage
 is compiled from shapes. Bytes are the compiler's own plan (arguments and temporaries), operations those of the step's matmuls. Times are
-ratios: each method's step and LoRA's take turns. Results: benchmarks/results/growth.json, growth.md and growth.png.
+ratios: each method's step, that of LoRA with the config's rank, and that of LoRA with as many ranks as the method's adapter has in all, frozen
+ones included, take turns. Results: benchmarks/results/growth.json, growth.md and growth.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import io
 import json
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,12 +49,13 @@ ROUNDS = 15
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The step of one phase in the last stage that has it, as shapes of its arguments."""
+    """The step of one phase in the last stage that has it, as shapes of its arguments; `ranks` of its adapter in all."""
 
     name: str
     phase: Phase
     step: object
     arguments: tuple
+    ranks: int
 
 
 def main() -> None:
@@ -66,29 +68,30 @@ def main() -> None:
     mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
     rows: list[dict] = []
     known: dict = {}
+    baseline = None if arguments.no_time else Timed(next(programs("lora", 1, mesh)))
     for count in arguments.tasks:
-        baseline = None if arguments.no_time else Timed(next(programs("lora", count, mesh)))
         for method in arguments.methods:
             for program in programs(method, count, mesh):
-                rows.append({"method": program.name, "tasks": count} | costs(program, known) | timed(program, baseline))
+                rows.append({"method": program.name, "tasks": count} | costs(program, known) | timed(program, baseline, mesh))
                 print(json.dumps(rows[-1]), flush=True)
     write(rows, arguments)
 
 
-def programs(method: str, count: int, mesh) -> Iterator[Program]:
+def programs(method: str, count: int, mesh, *overrides: str) -> Iterator[Program]:
     """The steps of a method at the end of a sequence of so many tasks, one per phase that runs the language model."""
-    settings = from_config(load_config(str(ROOT / f"configs/coin_mini.py:method={method}"), ["--config.data.root=unused"]))
+    settings = from_config(load_config(str(ROOT / f"configs/coin_mini.py:method={method}"), ["--config.data.root=unused", *overrides]))
     llava = shapes.abstract_backbone(read_config(Path(model_folder("embedded")), None), settings.model)
     tasks, found = [f"task{index}" for index in range(count)], {}
     for stage in shapes.abstract_stages(settings.method, llava, tasks, [ROWS_OF_TASK] * count, mesh):
         for place, one in enumerate(stage.phases):
             if not one.phase.features:
-                found[one.phase.name] = (place, one.phase, one.state, one.mask)
-    for place, phase, state, mask in found.values():
-        yield _program(settings, llava, f"{method}, {phase.name}" if place else method, phase, state, mask, mesh)
+                cost = settings.method.cost(one.state.params, one.info, one.phase)
+                found[one.phase.name] = (place, one.phase, one.state, one.mask, cost.frozen + cost.up)
+    for place, phase, state, mask, ranks in found.values():
+        yield _program(settings, llava, f"{method}, {phase.name}" if place else method, phase, state, mask, ranks, mesh)
 
 
-def _program(settings: Settings, llava, name: str, phase: Phase, state, mask, mesh) -> Program:
+def _program(settings: Settings, llava, name: str, phase: Phase, state, mask, ranks: int, mesh) -> Program:
     same, train = meshes.replicated(mesh), settings.train
     trainable, frozen = trees.partition(state.params, mask)
     moments = jax.eval_shape(optim.transform(train).init, trainable)
@@ -103,7 +106,7 @@ def _program(settings: Settings, llava, name: str, phase: Phase, state, mask, me
     held = [placed(part, same) for part in (trainable, moments, frozen, state.memory)]
     step = make_train_step(settings.method, train, settings.model.remat, False, mesh, phase.program())
     given = place_backbone(llava, mesh), placed(batch, meshes.batch_sharding(mesh)), placed(control, same)
-    return Program(name, phase.program(), step, (*held, *given))
+    return Program(name, phase.program(), step, (*held, *given), ranks)
 
 
 def costs(program: Program, known: dict) -> dict[str, float]:
@@ -179,14 +182,22 @@ def _batch(rng: np.random.Generator, like, config) -> dict:
     return codes.collate(rows, (positions, labels), config.pad_token_id, (side, side))
 
 
-def timed(program: Program, baseline: Timed | None) -> dict[str, float]:
-    """{"time_ratio": median over rounds of the step's seconds by LoRA's, taken in turn}; {} without a baseline."""
+def timed(program: Program, baseline: Timed | None, mesh) -> dict[str, float]:
+    """Medians over rounds of the step's seconds by those of LoRA ("time_ratio") and of LoRA with as many ranks; {} without a baseline."""
     if baseline is None:
         return {}
-    own = Timed(program)
+    own, wide = Timed(program), _wide(program.ranks, mesh)
     if own.compiles() > 1:
         raise RuntimeError(f"{program.name}: its step compiled {own.compiles()} times, the ratio would be one of compilers")
-    return {"time_ratio": statistics.median(own.seconds() / baseline.seconds() for _ in range(ROUNDS))}
+    rounds = np.array([[own.seconds(), baseline.seconds(), wide.seconds()] for _ in range(ROUNDS)])
+    ratios = np.median(rounds[:, :1] / rounds[:, 1:], axis=0)
+    return {"ranks": program.ranks, "time_ratio": float(ratios[0]), "same_ranks_ratio": float(ratios[1])}
+
+
+@functools.cache
+def _wide(ranks: int, mesh) -> Timed:
+    """LoRA's step with so many ranks."""
+    return Timed(next(programs("lora", 1, mesh, f"--config.method.rank={ranks}", f"--config.method.alpha={2.0 * ranks}")))
 
 
 # --------------------------------------------------------------------------------------------------------------- results
@@ -201,7 +212,8 @@ def write(rows: list[dict], arguments) -> None:
     quantities = [("held_bytes", "Held beside the backbone, MiB", 2**20), ("argument_bytes", "Arguments that the step reads, MiB", 2**20),
                   ("temporary_bytes", "Temporaries of the step, MiB", 2**20),
                   ("flops", "Operations of matmuls, 10^9", 1e9)]
-    quantities += [("time_ratio", "Time of a step, by LoRA's with as many tasks", 1.0)] if times else []
+    quantities += [("time_ratio", "Time of a step, by LoRA's", 1.0),
+                   ("same_ranks_ratio", "Time of a step, by that of LoRA with as many ranks", 1.0)] if times else []
     (RESULTS / "growth.md").write_text("\n".join(_text(rows, quantities, times, versions)) + "\n")
     (RESULTS / "growth.png").write_bytes(figure(rows, quantities))
 
