@@ -1,0 +1,107 @@
+"""Methods with routers in their layers and linears, exported with their gates: torch gates, scores and answers as ours does."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+from test_export import World, difference, exported, world  # noqa: F401 (world is a fixture)
+from test_export_dynamic import WORD, load, pictures
+
+from proglora_jax.continual import torch_check
+from proglora_jax.continual.export_gates import export_dynamic
+from proglora_jax.continual.trained import open_trained
+
+AT = "base_model.model.model.language_model.layers.{}.mlp.up_proj.lora_{}.weight"
+
+
+def alone_as_together(model, folder) -> None:
+    """Prompts of different lengths, with and without an image, have in a batch the gates, scores and answers that each has alone."""
+    first, second, _ = pictures(folder)
+    asked = [(f"What word is written on the sign?{WORD}", first), ("Is it red?", None), (f"Which of these?{WORD}", second), ("?", None)]
+    batch = model.prompts(*map(list, zip(*asked)))
+    with torch.no_grad():
+        logits = model(**batch).logits
+    gates, answers = model.gates, model.answer(*map(list, zip(*asked)), max_new_tokens=5)
+    torch.testing.assert_close(model.gates, gates, atol=1e-5, rtol=0)
+    for row, (text, image) in enumerate(asked):
+        single = model.prompts([text], [image])
+        with torch.no_grad():
+            own = model(**single).logits[0]
+        torch.testing.assert_close(own, logits[row, -len(own) :], atol=1e-4, rtol=0)
+        torch.testing.assert_close(model.gates[0], gates[row], atol=1e-5, rtol=0)
+        assert model.answer([text], [image], 5) == [answers[row]]
+    made = model.generate(**batch, max_new_tokens=3, num_beams=2)
+    assert made.shape[0] == len(asked) and len(model.gates) == 2 * len(asked)
+    torch.testing.assert_close(model.gates[::2], gates, atol=1e-5, rtol=0)
+    with pytest.raises(RuntimeError, match="no gates for these prompts"):
+        model.llava(input_ids=single["input_ids"])
+
+
+def verified(world: World, workdir, out, stage: str | None = None):  # noqa: F811
+    """The export, compared with our model by itself, opened in torch."""
+    said = exported(export_dynamic, workdir, out, stage=stage, verify=True)
+    assert "reloaded in torch: the same" in said and difference(said) < torch_check.TOLERANCE
+    return said, load(out, world)
+
+
+def their_block(world: World, folder):  # noqa: F811
+    """A folder as PEFT loads it."""
+    return peft.PeftModel.from_pretrained(transformers.LlavaForConditionalGeneration.from_pretrained(world.model), folder)
+
+
+# ------------------------------------------------------------------------------------------------------------- moelora
+
+
+@pytest.mark.parametrize("stage, fields", [("0", {}), (None, {}), (None, {"router_input": "first_token"}),
+                                           (None, {"router_input": "mean_prompt"})], ids=["first", "token", "first_token", "mean_prompt"])
+def test_experts_of_every_linear(world, tmp_path, stage, fields):  # noqa: F811
+    workdir = world.run("moelora", experts=2, **fields)
+    said, model = verified(world, workdir, tmp_path / "out", stage)
+    assert "2 blocks of rank 1 and their gates (expert 0, expert 1)" in said and model.columns == ["expert 0", "expert 1"]
+    alone_as_together(model, tmp_path)
+    torch.testing.assert_close(model.gates.sum(1), torch.ones(len(model.gates)))
+    assert (model.gates.std(0).max() == 0) == (fields.get("router_input") == "first_token")  # which is BOS, the same for all
+    if not fields and stage is None:
+        trained = open_trained(workdir)
+        expert = jax.tree.map(np.asarray, trained.method.block(trained.state, 1))["up_proj"]
+        linear = their_block(world, tmp_path / "out" / "block_01").get_submodule(AT.format(1, "A").rpartition(".lora_")[0])
+        np.testing.assert_array_equal(linear.lora_A["default"].weight.detach(), expert["a"][1].T)
+        np.testing.assert_array_equal(linear.lora_B["default"].weight.detach(), expert["b"][1].T)
+        assert linear.scaling["default"] == trained.method.scale == 2.0
+
+
+# ------------------------------------------------------------------------------------------------------------- sema
+
+
+@pytest.mark.parametrize("stage", ["0", None])
+def test_modules_of_the_layers_that_grew(world, tmp_path, stage):  # noqa: F811
+    workdir = world.run("sema", layer_share=0.5, threshold=0.0)
+    said, model = verified(world, workdir, tmp_path / "out", stage)
+    trained = open_trained(workdir, stage)
+    modules = np.asarray(trained.state.memory["modules"])
+    np.testing.assert_array_equal(modules, [[1, 0], [1, 0]] if stage else [[1, 0], [1, 1]])
+    alone_as_together(model, tmp_path)
+    torch.testing.assert_close(model.gates.sum(1), torch.ones(len(model.gates)))
+    if stage is None:
+        assert "2 blocks of rank 2 and their gates (TextVQA, ImageNet)" in said and model.gates.std(0).max() > 1e-4
+        stored = load_file(tmp_path / "out" / "block_01" / "adapter_model.safetensors")
+        assert AT.format(1, "A") in stored and not any(".layers.0." in name for name in stored)
+        linears = [name for name, module in their_block(world, tmp_path / "out" / "block_01").named_modules() if hasattr(module, "lora_A")]
+        assert len(linears) == 7 and all(".language_model.layers.1." in name for name in linears)
+
+
+def test_a_task_for_which_no_layer_grew_has_no_folder(world, tmp_path):  # noqa: F811
+    workdir = world.run("sema", layer_share=0.5, threshold=1e30)
+    _, model = verified(world, workdir, tmp_path / "out")
+    fields = json.loads((tmp_path / "out" / "routing.json").read_text())
+    assert fields["blocks"] == [{"folder": "block_00", "name": "TextVQA"}, {"folder": "", "name": "ImageNet"}]
+    assert not (tmp_path / "out" / "block_01").exists()
+    model.answer(["?"], None, 2)
+    assert model.gates.tolist() == [[1.0, 0.0]]
