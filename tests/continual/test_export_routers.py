@@ -105,3 +105,70 @@ def test_a_task_for_which_no_layer_grew_has_no_folder(world, tmp_path):  # noqa:
     assert not (tmp_path / "out" / "block_01").exists()
     model.answer(["?"], None, 2)
     assert model.gates.tolist() == [[1.0, 0.0]]
+
+
+# ------------------------------------------------------------------------------------------------------------- branchlora
+
+
+@pytest.mark.parametrize("stage, fields", [("0", {}), (None, {}), (None, {"router_input": "mean_prompt", "renorm": "softmax_then_mask",
+                                                                         "text_tokens": "text_prompt"})], ids=["first", "token", "mean"])
+def test_branches_by_the_routers_of_the_task_that_the_keys_select(world, tmp_path, stage, fields):  # noqa: F811
+    workdir = world.run("branchlora", experts=4, topk=2, rank=4, **fields)
+    said, model = verified(world, workdir, tmp_path / "out", stage)
+    assert "4 blocks of rank 1 and their gates (branch 0, branch 1, branch 2, branch 3)" in said
+    alone_as_together(model, tmp_path)
+    trained = open_trained(workdir, stage)
+    branches = [load_file(tmp_path / "out" / f"block_{index:02d}" / "adapter_model.safetensors") for index in range(4)]
+    for index, branch in enumerate(branches):
+        np.testing.assert_array_equal(branch[AT.format(1, "A")], np.asarray(trained.state.params["trunk"]["up_proj"])[1].T)
+        np.testing.assert_array_equal(branch[AT.format(1, "B")], np.asarray(trained.state.params["branches"]["up_proj"])[1, index].T)
+    if stage is None:
+        first, second, third = pictures(tmp_path)
+        for text, image in ((WORD, first), ("Is it red?", None), ("What is this?", second), ("?", third)):
+            model.answer([text], [image], 1)
+            chosen = model.router.task.item()
+            nearest_by_hand(model, text, image, chosen)
+
+
+def nearest_by_hand(model, text, image, chosen: int) -> None:
+    """The selected task against a cosine of numpy over the prompt's word embeddings and transformers' class token."""
+    batch = model.prompts([text], [image])
+    words = model.llava.get_input_embeddings()(batch["input_ids"])[0].detach().numpy()
+    query, keys = words[batch["routing_mask"][0].numpy()].mean(0), model.router.text_keys.numpy()
+    cosine = lambda q, k: k @ q / np.linalg.norm(q) / np.linalg.norm(k, axis=1)  # noqa: E731
+    score = cosine(query, keys)
+    if image:
+        config, tower = model.llava.config, model.llava.model.vision_tower
+        with torch.no_grad():
+            states = tower(batch["pixel_values"], output_hidden_states=True).hidden_states[config.vision_feature_layer]
+        score = score + cosine(states[0, 0].numpy(), model.router.image_keys.numpy())
+    assert chosen == int(score.argmax())
+
+
+# ------------------------------------------------------------------------------------------------------------- pclr
+
+# Two tasks of four ranks each fill the pool; what the second adds is followed by no compression, for no task is to come.
+RANKS = {"rank": 4, "top_ranks": 3, "narrow_ranks": 2, "capacity": 8, "shared_ranks": 2}
+# Here the first task fills it: half of its ranks go, and the shared ones take part from then on.
+FULL = RANKS | {"capacity": 4, "narrow_from": 2, "image_weight": 0.5}
+
+
+@pytest.mark.parametrize("stage, fields, ranks", [("0", RANKS, 4), (None, RANKS, 8), (None, FULL, 4)], ids=["first", "later", "compressed"])
+def test_ranks_of_decoder_and_projector(world, tmp_path, stage, fields, ranks):  # noqa: F811
+    workdir = world.run("pclr", **fields)
+    said, model = verified(world, workdir, tmp_path / "out", stage)
+    assert f"1 blocks of rank {ranks} and their gates (TextVQA{', ImageNet' if stage is None else ''})" in said
+    alone_as_together(model, tmp_path)
+    assert (model.router.chosen.sum(-1) == 3).all()
+    if stage is None and fields is RANKS:
+        assert model.router.chosen[:, 0].unique(dim=0).shape[0] > 1 and model.gates.std(0).max() > 0  # by layer, and by prompt
+    trained = open_trained(workdir, stage)
+    assert (tmp_path / "out" / "shared").exists() == (fields is FULL) == bool(trained.state.memory["sharing"])
+    peers = [("ranks", trained.method.scale, "pool")] + [("shared", 4.0 / 2, "shared")] * (fields is FULL)
+    for folder, scale, name in peers:
+        theirs = their_block(world, tmp_path / "out" / folder)
+        for path, prefix, at in (("language_model.layers.1.mlp.up_proj", "", 1), ("multi_modal_projector.linear_2", "projector_", ())):
+            linear = theirs.get_submodule(f"base_model.model.model.{path}")
+            own = trained.state.params[prefix + name][path.rpartition(".")[2]]
+            ours = np.asarray(own["b"])[at][:ranks].T @ np.asarray(own["a"])[at][:, :ranks].T
+            np.testing.assert_allclose(linear.get_delta_weight("default").detach(), scale * ours, atol=1e-6)
