@@ -100,9 +100,9 @@ def export_dynamic(
         for module in module_file().parent.glob("*.py"):
             shutil.copyfile(module, partial / module.name)
         atomic_write_json(partial / RECORD, record(trained, kind="dynamic", task=None, block=None))
-        sizes = sorted({_ranks(block) for block in _blocks(trained, routing).values()})
-        log(f"{trained.method.name}, stage {trained.folder.name}: {len(fields['blocks'])} blocks of rank {', '.join(map(str, sizes))} and "
-            f"their gates ({', '.join(fields['columns'])})")
+        count, ranks = len(fields["blocks"]), _ranks(next(iter(_blocks(trained, routing).values())))
+        log(f"{trained.method.name}, stage {trained.folder.name}: {count} block{'s' * (count != 1)} of rank {ranks} and their gates "
+            f"({', '.join(fields['columns'])})")
         log(torch_check.checked(verify, lambda: compare_dynamic(trained, source, partial, tolerance)))
     log(f"wrote {out}; {MODULE} in it says how to use it")
 

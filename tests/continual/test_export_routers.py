@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -16,7 +17,10 @@ from test_export_dynamic import WORD, load, pictures
 
 from proglora_jax.continual import torch_check
 from proglora_jax.continual.export_gates import export_dynamic
+from proglora_jax.continual.torch_check_gates import load_module
 from proglora_jax.continual.trained import open_trained
+from proglora_jax.data.errors import UserError
+from proglora_jax.methods.registry import method_class
 
 AT = "base_model.model.model.language_model.layers.{}.mlp.up_proj.lora_{}.weight"
 
@@ -157,7 +161,7 @@ FULL = RANKS | {"capacity": 4, "narrow_from": 2, "image_weight": 0.5}
 def test_ranks_of_decoder_and_projector(world, tmp_path, stage, fields, ranks):  # noqa: F811
     workdir = world.run("pclr", **fields)
     said, model = verified(world, workdir, tmp_path / "out", stage)
-    assert f"1 blocks of rank {ranks} and their gates (TextVQA{', ImageNet' if stage is None else ''})" in said
+    assert f"1 block of rank {ranks} and their gates (TextVQA{', ImageNet' if stage is None else ''})" in said
     alone_as_together(model, tmp_path)
     assert (model.router.chosen.sum(-1) == 3).all()
     if stage is None and fields is RANKS:
@@ -172,3 +176,37 @@ def test_ranks_of_decoder_and_projector(world, tmp_path, stage, fields, ranks): 
             own = trained.state.params[prefix + name][path.rpartition(".")[2]]
             ours = np.asarray(own["b"])[at][:ranks].T @ np.asarray(own["a"])[at][:, :ranks].T
             np.testing.assert_allclose(linear.get_delta_weight("default").detach(), scale * ours, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- what is compared
+
+
+WRONG = {
+    "one expert of two": ("moelora", {"experts": 2}, lambda own: {"top": 1}),
+    "no biases": ("sema", {"layer_share": 0.5, "threshold": 0.0}, lambda own: {"bias": 0 * own.bias}),
+    "the other task": ("branchlora", {"experts": 4, "topk": 2, "rank": 4},
+                       lambda own: {"text_keys": own.text_keys[::-1], "image_keys": own.image_keys[::-1]}),
+    "a rank too few": ("pclr", RANKS, lambda own: {"top": 2}),
+    "no ranks in the projector": ("pclr", RANKS, lambda own: {"blocks": {"ranks": dataclasses.replace(own.blocks["ranks"], projector={})}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_torch_does_otherwise_is_not_kept(world, tmp_path, monkeypatch, case):  # noqa: F811
+    name, fields, change = WRONG[case]
+    kind = method_class(name)
+    own = kind.routing
+    monkeypatch.setattr(kind, "routing", lambda self, state: dataclasses.replace(own(self, state), **change(own(self, state))))
+    with pytest.raises(UserError, match="differs from our model in its (gates|logits), by .* it was not kept"):
+        exported(export_dynamic, world.run(name, **fields), tmp_path / "out", verify=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, fields", [(name, fields) for name, fields, _ in list(WRONG.values())[:4]])
+def test_half_precision_answers(world, tmp_path, name, fields):  # noqa: F811
+    exported(export_dynamic, world.run(name, **fields), tmp_path / "out")
+    kind = load_module(tmp_path / "out" / "gated_llava.py").GatedLlava
+    model, half = (kind.load(str(tmp_path / "out"), str(world.model), dtype) for dtype in (torch.float32, torch.bfloat16))
+    asked = [f"What word is written on the sign?{WORD}", "Is it red?"], [pictures(tmp_path)[0], None]
+    assert model.answer(*asked, 4) and len(half.answer(*asked, 4)) == 2
+    assert half.gates.dtype == torch.float32 and (half.gates - model.gates).abs().max() < 0.1

@@ -73,7 +73,8 @@ class GatedLlava(torch.nn.Module):
         names = [block["folder"] for block in self.fields["blocks"]]
         self._attach(*([load_file(folder / name / "adapter_model.safetensors") if name else {} for name in some]
                        for some in (names, self.fields["shared"])))
-        llava.model.vision_tower.register_forward_hook(self._see_image)
+        if hasattr(self.router, "image_keys"):
+            llava.model.vision_tower.register_forward_hook(self._see_image)
         llava.model.language_model.register_forward_pre_hook(self._begin, with_kwargs=True)
         llava.model.language_model.register_forward_hook(lambda module, args, out: self.router.end() if self.router.prompt else None)
         for index, layer in enumerate(llava.model.language_model.layers):

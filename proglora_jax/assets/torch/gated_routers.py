@@ -160,7 +160,7 @@ class LinearRouter(Router):
         if self.how["input"] == "token":
             return x
         if self.how["input"] == "first_token":
-            return x[torch.arange(len(x)), self.prompt.real.int().argmax(1)][:, None]
+            return x[torch.arange(len(x), device=x.device), self.prompt.real.int().argmax(1)][:, None]
         return mean(x, self.prompt.real)[:, None]
 
     def end(self) -> None:
