@@ -47,7 +47,7 @@ class Way:
         kind: its name in routing.json.
         tokens: one of TOKENS, the positions that route: the human text, all text of the prompt, the whole prompt with its image
             features, or the human text and the first token.
-        blocks: {folder: Block} where these are not the method's own, one per gate.
+        blocks: {folder: Block} where these are not the method's own: one per gate, or one with all the ranks that are gated singly.
         shared: a block beside the others whose gate does not depend on the prompt, or None.
         shared_gate: that gate.
     """

@@ -11,7 +11,8 @@ It needs torch, transformers, safetensors and Pillow, and gated_routers.py besid
     routing.json                  sizes, template, and how gates follow from a prompt
     routing.safetensors           what the gates are computed from: keys, a query projector, routers
     mm_projector.safetensors      the projector that was trained with the blocks
-    block_00, block_01, ...       one LoRA block each, as PEFT adapters; or all single ranks in one
+    block_00, block_01, ...       one LoRA block each, as PEFT adapters; or
+    ranks                         where ranks are gated one by one, all of them in one adapter
     shared                        where there is one, a block that no prompt gates
     tokenizer.json, ...           the tokenizer
 """
@@ -77,7 +78,7 @@ class GatedLlava(torch.nn.Module):
             llava.model.vision_tower.register_forward_hook(self._see_image)
         llava.model.language_model.register_forward_pre_hook(self._begin, with_kwargs=True)
         llava.model.language_model.register_forward_hook(lambda module, args, out: self.router.end() if self.router.prompt else None)
-        for index, layer in enumerate(llava.model.language_model.layers):
+        for index, layer in enumerate(llava.model.language_model.layers if how["kind"] == "layer" else ()):
             layer.register_forward_pre_hook(lambda module, args, index=index: self.router.enter(index, args[0]))
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.tokenizer.backend_tokenizer.encode_special_tokens = True  # a literal </s> or <image> in a question is text
