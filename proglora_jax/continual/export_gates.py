@@ -1,11 +1,30 @@
 """A trained stage whose gates depend on the prompt, for users of Hugging Face: all blocks as PEFT adapters, and the gates in torch.
 
     routing.json                  sizes, template, how gates follow from a prompt
-    routing.safetensors           keys and query projector
+    routing.safetensors           what they follow from: keys and query projector, or routers
     mm_projector.safetensors      the trained projector
     block_00, block_01, ...       one PEFT adapter each; the projector is not repeated in them
-    gated_llava.py                what puts them together in torch, a copy of assets/torch/gated_llava.py
+    shared                        where there is one, the adapter that no prompt gates
+    gated_llava.py                what puts them together in torch, and
+    gated_routers.py              what makes the gates: copies of the files in assets/torch
     tokenizer.json, ...           the backbone's tokenizer
+
+A block is what the method calls one: the block of a task (of SEMA: its modules, in the layers that have them), an expert, a branch with
+the trunk. PCLR's ranks of all tasks lie in one adapter, `ranks`, that of the mm_projector included.
+
+routing.json:
+
+    format, method, base_model_name_or_path     what it is
+    rank, alpha, scale                          of the method; the delta of a block is scaled by `scale`
+    fuse                                        "delta" or "factor", see `adapters.lowrank.mix_ranks`
+    targets                                     the adapted linears
+    blocks                                      {"folder", "name"} of each, the folder empty where no layer has the block
+    columns                                     what each column of the gates belongs to
+    shared                                      folders of shared blocks
+    routing                                     settings of one of the dataclasses in `methods.routing`, by its `kind`; its docstring says
+                                                what they mean, and `tensors` what routing.safetensors holds
+    template, image, image_tokens, ..._id(s)    how a question becomes tokens and pixels
+    tokenizer_size                              ids from this one on are never generated
 """
 
 from __future__ import annotations
@@ -30,13 +49,11 @@ from proglora_jax.continual.export import RECORD, other_forms, record, say
 from proglora_jax.continual.predict import prompting
 from proglora_jax.continual.torch_check_gates import MODULE, compare_dynamic
 from proglora_jax.continual.trained import Trained, open_trained
-from proglora_jax.core.types import PyTree
 from proglora_jax.data.errors import UserError
-from proglora_jax.methods.routing import Routing
+from proglora_jax.methods.routing import Block, Way
 
 ROUTING = "routing.json"
-FORMAT = 1
-HOW = ("tokens", "pool", "query", "score", "temperature", "weights")  # fields of a Routing that are no arrays
+FORMAT = 2
 SHARED = "shared"
 
 
@@ -75,16 +92,17 @@ def export_dynamic(
     source, warning = trained.backbone(base)
     say(log, warning)
     torch_check.check_readable(source)
-    names = trained.tasks()
     with whole_folder(out) as partial:
         _write_blocks(trained, routing, source, partial)
         say(log, copy_tokenizer(source, partial))
         fields = _fields(trained, routing, source)
         (partial / ROUTING).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        shutil.copyfile(module_file(), partial / MODULE)
+        for module in module_file().parent.glob("*.py"):
+            shutil.copyfile(module, partial / module.name)
         atomic_write_json(partial / RECORD, record(trained, kind="dynamic", task=None, block=None))
-        log(f"{trained.method.name}, stage {trained.folder.name}: {len(names)} blocks of rank {trained.method.rank} and their gates "
-            f"({', '.join(names)})")
+        count, ranks = len(fields["blocks"]), _ranks(next(iter(_blocks(trained, routing).values())))
+        log(f"{trained.method.name}, stage {trained.folder.name}: {count} block{'s' * (count != 1)} of rank {ranks} and their gates "
+            f"({', '.join(fields['columns'])})")
         log(torch_check.checked(verify, lambda: compare_dynamic(trained, source, partial, tolerance)))
     log(f"wrote {out}; {MODULE} in it says how to use it")
 
@@ -98,42 +116,59 @@ def _instead(trained: Trained) -> str:
 
 
 def module_file() -> pathlib.Path:
-    """The torch module as it ships with the package."""
+    """The torch module as it ships with the package; the one that it imports lies beside it."""
     return pathlib.Path(str(importlib.resources.files("proglora_jax") / "assets" / "torch" / MODULE))
 
 
-def _write_blocks(trained: Trained, routing: Routing, source: Source, folder: pathlib.Path) -> None:
-    """The adapters, the router's tensors, and the projector."""
+def _blocks(trained: Trained, routing: Way) -> dict[str, Block]:
+    """The blocks by their folders: those that the routing names, else the method's own."""
     method, state = trained.method, trained.state
-    alpha = method.scale * method.rank  # what the blocks ran with, though a method may leave the scale out
-    blocks = {f"block_{index:02d}": method.block(state, index) for index in range(method.blocks(state))}
+    return routing.blocks or {f"block_{index:02d}": Block(method.block(state, index)) for index in range(method.blocks(state))}
+
+
+def _ranks(block: Block) -> int:
+    return next(iter(block.weights.values()))["a"].shape[-1]
+
+
+def _write_blocks(trained: Trained, routing: Way, source: Source, folder: pathlib.Path) -> None:
+    """The adapters, the router's tensors, and the projector."""
+    method, blocks = trained.method, _blocks(trained, routing)
     if routing.shared:
-        blocks[SHARED] = routing.shared
+        blocks = blocks | {SHARED: routing.shared}
     for name, block in blocks.items():
+        if block.layers == ():
+            continue
+        # What the block ran with: a method may leave the scale out, and a block may have a share of its rank.
+        alpha = method.scale * _ranks(block) * (routing.shared_gate if name == SHARED else 1.0)
         (folder / name).mkdir()
-        save_adapter(folder / name, jax.tree.map(np.asarray, block), alpha, {}, base=str(source.folder), dropout=method.dropout)
-    write_file(folder / "routing.safetensors", _router_entries(routing))
-    write_file(folder / "mm_projector.safetensors", linear_entries(jax.tree.map(np.asarray, state.params["mm_projector"])))
+        weights, projector = jax.tree.map(np.asarray, (block.weights, block.projector))
+        save_adapter(folder / name, weights, alpha, {}, base=str(source.folder), dropout=method.dropout, layers=block.layers,
+                     on_projector=projector)
+    tensors = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in routing.tensors().items()}
+    entries = [Entry(name, value.dtype, value.shape, lambda value=value: value) for name, value in tensors.items()]
+    write_file(folder / "routing.safetensors", entries)
+    write_file(folder / "mm_projector.safetensors", linear_entries(jax.tree.map(np.asarray, trained.state.params["mm_projector"])))
 
 
-def _router_entries(routing: Routing) -> list[Entry]:
-    parts: PyTree = dict(routing.query_projector)
-    norm = {"norm.weight": parts["norm"]["scale"], "norm.bias": parts["norm"]["bias"]} if parts else {}
-    linears = linear_entries({name: leaves for name, leaves in parts.items() if name != "norm"})
-    whole = {name: np.asarray(value, np.float32) for name, value in ({"keys": routing.keys} | norm).items()}
-    return [Entry(name, value.dtype, value.shape, lambda value=value: value) for name, value in whole.items()] + linears
+def _columns(trained: Trained) -> list[str]:
+    """What the gates belong to: the tasks, or the experts by number."""
+    method = trained.method
+    if method.blocks_are_tasks:
+        return list(trained.tasks())
+    return [f"{method.gate_unit} {index}" for index in range(method.blocks(trained.state))]
 
 
-def _fields(trained: Trained, routing: Routing, source: Source) -> dict[str, Any]:
+def _fields(trained: Trained, routing: Way, source: Source) -> dict[str, Any]:
     """What the torch module must know, routing.json."""
     method, (encoder, images) = trained.method, prompting(trained, source)
     tokenizer, template = encoder.tokenizer, encoder.template
+    columns, blocks = _columns(trained), _blocks(trained, routing)
+    names = columns if len(blocks) == len(columns) else list(blocks)
     return {
         "format": FORMAT, "method": method.name, "rank": method.rank, "alpha": method.alpha, "scale": method.scale, "fuse": method.mix(),
         "targets": sorted(trained.meta["targets"]), "base_model_name_or_path": str(source.folder),
-        "blocks": [{"folder": f"block_{index:02d}", "task": task} for index, task in enumerate(trained.tasks())],
-        "shared": [SHARED] if routing.shared else [],
-        "routing": {name: getattr(routing, name) for name in HOW},
+        "blocks": [{"folder": "" if block.layers == () else folder, "name": name} for name, (folder, block) in zip(names, blocks.items())],
+        "columns": columns, "shared": [SHARED] if routing.shared else [], "routing": routing.settings(),
         "template": {"name": template.name, "system": template.system, "user": template.user, "assistant": template.assistant},
         "image": {"size": images.size, "mean": list(images.mean), "std": list(images.std)},
         "image_tokens": encoder.image_tokens, "image_token_id": tokenizer.image_token_id, "bos_token_id": tokenizer.bos_id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import sys
 import tempfile
 from typing import Any
 
@@ -21,9 +22,8 @@ from proglora_jax.data.errors import UserError
 from proglora_jax.data.images import ImageLoader
 from proglora_jax.data.pipeline import eval_batches
 from proglora_jax.data.schema import Question
-from proglora_jax.methods.base import PROJECTOR
 from proglora_jax.models.layers import Settings
-from proglora_jax.training.step import embed_batch, gate_inputs
+from proglora_jax.training.step import look
 
 MODULE = "gated_llava.py"
 GATE_TOLERANCE = 1e-5
@@ -58,10 +58,22 @@ def compare_dynamic(trained: Trained, source: Source, folder: pathlib.Path, tole
 
 
 def load_module(path: pathlib.Path) -> Any:
-    """A Python file as a module, without leaving its name or byte code behind."""
+    """A Python file as a module, with those that it imports from its folder, without leaving names or byte code behind."""
     specification = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(specification)
-    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
+    beside = {file.stem for file in path.parent.glob("*.py")}
+    before, writes = {name: sys.modules.pop(name) for name in beside & set(sys.modules)}, sys.dont_write_bytecode
+    sys.path.insert(0, str(path.parent))
+    sys.dont_write_bytecode = True
+    importlib.invalidate_caches()  # the folder may be younger than the last look
+    try:
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
+    finally:
+        sys.dont_write_bytecode = writes
+        sys.path.remove(str(path.parent))
+        for name in beside:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
     return module
 
 
@@ -95,9 +107,8 @@ def _ours(trained: Trained, source: Source, questions: list[Question]) -> dict[s
 
 def _logits(method: Any, state: Any, llava: Any, batch: dict[str, jax.Array]) -> jax.Array:
     """f32[B, T, V] of prompts."""
-    x = embed_batch(llava, {PROJECTOR: state.params[PROJECTOR]}, batch)
-    gates = method.gates(state.params, state.memory, gate_inputs(llava, method, x, batch, jnp.int32(state.stage)))
-    return llava.logits(llava.decode(x, adapter=method.adapter(state.params, gates, None)).hidden)
+    sight = look(llava, method, state.params, state.memory, batch, jnp.int32(state.stage))
+    return llava.logits(llava.decode(sight.inputs.embeddings, adapter=method.adapter(state.params, sight.gates, None)).hidden)
 
 
 def _theirs(torch: Any, module: Any, folder: pathlib.Path, source: Source, questions: list[Question]) -> dict[str, Any]:

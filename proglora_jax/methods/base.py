@@ -15,7 +15,7 @@ from proglora_jax.adapters import lowrank
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data.errors import UserError
-from proglora_jax.methods.routing import Routing
+from proglora_jax.methods.routing import Way
 from proglora_jax.methods.views import Cost, GateInputs, Passes, Phase, Probe, Replay, TaskInfo
 
 ADAPTER, GATE, PROJECTOR = "adapter", "gate", "mm_projector"
@@ -255,11 +255,11 @@ class Method:
         del task
         return {name: {"a": leaf["a"], "b": leaf["b"] * self.scale} for name, leaf in state.params["block"].items()}
 
-    def routing(self, state: CLState) -> Routing:
+    def routing(self, state: CLState) -> Way:
         """How the gates of the state's blocks follow from a prompt, for an export of all blocks with their gates.
 
         Raises:
-            ValueError: with the reason, where the gates do not depend on the input, or on more than a Routing can say.
+            ValueError: with the reason, where the gates do not depend on the input, or on more than `methods.routing` can say.
         """
         try:
             self.fold(state, int(state.stage))

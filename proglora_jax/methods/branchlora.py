@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from proglora_jax.adapters import experts, keys, lowrank
 from proglora_jax.adapters.gates import mean_feature
@@ -18,6 +19,7 @@ from proglora_jax.data import replay
 from proglora_jax.methods.base import (
     ADAPTER, GATE, PROJECTOR, Cost, GateInputs, Method, Passes, Phase, Probe, TaskInfo, require, require_choice,
 )
+from proglora_jax.methods.routing import LinearRouting
 
 KEY_DEVIATION = 0.02
 PER_TASK = ("router", "text_key", "image_key")
@@ -273,3 +275,12 @@ class BranchLoRA(Method):
     def fold(self, state: CLState, task: int) -> PyTree:
         """Not possible: every token has gates of its own."""
         raise ValueError(f"{self.name} cannot be folded into one adapter: a router in each linear gives every token gates of its own")
+
+    def routing(self, state: CLState) -> LinearRouting:
+        """The routers and keys of the tasks so far."""
+        params, stage = jax.tree.map(np.asarray, state.params), int(state.stage)
+        newest = params["router"]
+        routers = {name: np.concatenate([leaf[:, :stage], newest[name][:, None]], axis=1) for name, leaf in params["routers"].items()}
+        text, image = (np.concatenate([params[f"{kind}_keys"][:stage], params[f"{kind}_key"][None]]) for kind in ("text", "image"))
+        renormalise = self.renorm == "topk_softmax"
+        return LinearRouting(routers, self.router_input, self.topk, renormalise, text, image, tokens=self.text_tokens)

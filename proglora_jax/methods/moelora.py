@@ -8,12 +8,14 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from proglora_jax.adapters import experts, lowrank
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
 from proglora_jax.methods.base import Cost, GateInputs, Method, Phase, TaskInfo, require, require_choice
+from proglora_jax.methods.routing import LinearRouting
 
 
 def expert_gates(leaves: PyTree, context: PyTree, gates: PyTree, name: str, x: jax.Array, router_input: str) -> jax.Array:
@@ -126,3 +128,8 @@ class MoELoRA(Method):
     def fold(self, state: CLState, task: int) -> PyTree:
         """Not possible: every token has gates of its own."""
         raise ValueError(f"{self.name} cannot be folded into one adapter: a router in each linear gives every token gates of its own")
+
+    def routing(self, state: CLState) -> LinearRouting:
+        """The routers of all linears, with all experts on."""
+        routers = {name: np.asarray(router)[:, None] for name, router in state.params["router"].items()}
+        return LinearRouting(routers, self.router_input, self.experts)

@@ -17,6 +17,7 @@ from proglora_jax.data import replay
 from proglora_jax.data.errors import UserError
 from proglora_jax.methods.base import PROJECTOR, Cost, GateInputs, Method, Passes, Phase, Probe, TaskInfo, pooled_delta, require
 from proglora_jax.methods.rank_compression import compress
+from proglora_jax.methods.rank_routing import of_ranks
 
 POOL = ("pool", "shared", "projector_pool", "projector_shared")
 NEWEST_FIRST = 10.0  # more than any score
@@ -314,7 +315,7 @@ class PCLR(Method):
         """Queries of samples, and whether they have an image."""
         return self.queries(inputs) | {"shown": inputs.image_mask.astype(jnp.float32)}
 
-    # ---- sizes
+    # ---- sizes, disk and export
 
     def cost(self, params: PyTree, info: TaskInfo, phase: Phase | None) -> Cost:
         """Learning runs new and shared ranks (and old ones to fill up), integration the pool twice, and at test it runs alone."""
@@ -333,10 +334,7 @@ class PCLR(Method):
         """Old ranks that no compression dropped, the task's own, and the shared ones from the first integration on; projector's too."""
         turns, params = self.turns(info.total), state.params
         own, shared = (trees.count_parameters((params[name], params[f"projector_{name}"])) for name in ("block", "shared"))
-        sharing = self.integrate and any(turn.every for turn in turns[: info.index])
-        return turns[info.index].merged * own // self.rank + (shared if sharing else 0)
-
-    # ---- disk and export
+        return turns[info.index].merged * own // self.rank + shared * (self.integrate and any(turn.every for turn in turns[: info.index]))
 
     def to_disk(self, state: CLState):
         """The whole pool: an integration changes all of it."""
@@ -357,3 +355,5 @@ class PCLR(Method):
     def fold(self, state: CLState, task: int) -> PyTree:
         """Not possible: the ranks are chosen sample by sample."""
         raise ValueError(f"{self.name} cannot be folded into one adapter: its ranks are chosen by each sample's instruction and image")
+
+    routing = of_ranks

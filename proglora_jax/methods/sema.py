@@ -18,6 +18,7 @@ from proglora_jax.data import batch as segments
 from proglora_jax.data import replay
 from proglora_jax.methods.base import PROJECTOR, GateInputs, Phase, Probe, TaskInfo, require, require_choice
 from proglora_jax.methods.pooled import Pooled
+from proglora_jax.methods.routing import Block, LayerRouting
 
 BUFFER = 500
 ROUTER = ("row", "row_bias", "rows", "row_biases")
@@ -292,3 +293,14 @@ class SEMA(Pooled):
         if np.any(np.asarray(state.memory["modules"])[:, 1:]):
             raise ValueError(f"{self.name} cannot be folded into one adapter: a router in each layer mixes its modules sample by sample")
         return self.fold_weighted(state, np.eye(1, state.memory["modules"].shape[1], dtype=np.float32)[0])
+
+    def routing(self, state: CLState) -> LayerRouting:
+        """Each layer's router over the modules of the tasks so far; a task's block lies in the layers that grew."""
+        params, stage = jax.tree.map(np.asarray, state.params), int(state.stage)
+        exists = np.asarray(state.memory["modules"])[:, : stage + 1]
+        join = lambda places, newest: np.concatenate([places[:, :stage], newest[:, None]], axis=1)
+        layers = lambda task: tuple(np.flatnonzero(exists[:, task]).tolist())
+        return LayerRouting(
+            join(params["rows"], params["row"]), join(params["row_biases"], params["row_bias"]), exists, self.growing(len(exists)),
+            blocks={f"block_{task:02d}": Block(self.block(state, task), layers(task)) for task in range(stage + 1)},
+        )

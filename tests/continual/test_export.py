@@ -38,6 +38,8 @@ from proglora_jax.models.llava import abstract_llava
 from proglora_jax.training.settings import build
 
 HYPER = {"rank": 2, "alpha": 4.0}
+DRAWN = ("block", "shared", "branches", "mm_projector", "router", "row", "row_bias", "text_key", "image_key", "new_keys",
+         "projector_block", "projector_shared")
 
 
 class World:
@@ -56,7 +58,7 @@ class World:
 
 
 def write_run(workdir: Path, model: Path, source, name: str, protocol: str, fields: dict) -> None:
-    """What a run leaves in its workdir, by the method's own hooks but without training: parameters are drawn."""
+    """What a run leaves in its workdir, by the method's own hooks but without training: parameters are drawn, and answers of probes."""
     rng = np.random.default_rng(0)
     extra = {"recall_per_task": 0, "proj_width": 4} if name in ("proglora_dynamic", "proglora_light") else {}
     extra |= {"shared_layers": 1} if name == "proglora_light" else {}
@@ -73,16 +75,30 @@ def write_run(workdir: Path, model: Path, source, name: str, protocol: str, fiel
     for stage in plan_stages(tasks, method, protocol):
         state = initial if stage.fresh or before is None else before[0]
         info = TaskInfo(stage.index, stage.name, total, 10, np.full(stage.index, 0.37, np.float32), 0)
-        state = method.start_task(state, info, None)
+        probe = probed(source.config, rng)
+        state = method.start_task(state, info, probe)
         draw = lambda leaf: leaf + 0.05 * rng.standard_normal(np.shape(leaf)).astype("f4")  # noqa: B023
-        parts = () if name == "zero_shot" else ("block", "shared", "branches", "mm_projector")
+        parts = () if name == "zero_shot" else DRAWN
         drawn = {part: jax.tree.map(draw, state.params[part]) for part in parts if part in state.params}
         state = dataclasses.replace(state, params=state.params | drawn)
+        if "errors" in (running := state.carry.get("running", {})):  # of descriptors
+            state = dataclasses.replace(state, carry={"running": {"errors": draw(running["errors"]), "count": len(running["errors"])}})
+        for phase in method.phases(info):
+            state = method.after_phase(state, info, phase, probe)
         tree = jax.tree.map(np.asarray, method.to_disk(state)) | {"embedding": {f"task_{stage.index:02d}": {}}}
         digest, previous = trees.digest(tree), before[1] if before and not stage.fresh else ""
         meta = results.stage_meta(session, stage, digest, previous, {}, {}, info.similarity)
         save_checkpoint(stage.folder(workdir) / FINAL, {"adapter": tree}, {"meta": meta})
         before = state, digest
+
+
+def probed(config, rng: np.random.Generator):
+    """What methods ask of training samples, drawn at random: the layers' features, queries of text and image."""
+    width, vision = config.text_config.hidden_size, config.vision_config.hidden_size
+    draw = lambda rows, *shape: rng.standard_normal((len(rows), *shape)).astype("f4")
+    return lambda state, rows: {
+        "xbar": draw(rows, 1, width), "text": draw(rows, width), "image": draw(rows, vision), "shown": draw(rows) > 0,
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")

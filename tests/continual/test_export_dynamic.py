@@ -24,7 +24,7 @@ from proglora_jax.data.batch import INSTRUCTION
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.images import ImageLoader
 from proglora_jax.methods.proglora import ProgLoRADynamic
-from proglora_jax.methods.routing import Routing
+from proglora_jax.methods.routing import Block, Routing
 
 WORD = "\nAnswer the question using a single word or phrase."
 
@@ -63,7 +63,7 @@ def test_the_same_ids_masks_gates_and_answers(world, tmp_path, capsys):
     assert model.answer(*map(list, zip(*asked)), max_new_tokens=6) == [answer.answer for answer in ours]
     gates = np.array([list(answer.gates.values()) for answer in ours])
     np.testing.assert_allclose(model.gates.numpy(), gates, atol=1e-5, rtol=0)
-    assert model.blocks == list(ours[0].gates) == ["TextVQA", "ImageNet"] and np.ptp(gates[:, 0]) > 0.01
+    assert model.columns == list(ours[0].gates) == ["TextVQA", "ImageNet"] and np.ptp(gates[:, 0]) > 0.01
     alone = [model.answer([text], [image], 6)[0] for text, image in asked[:2]]  # no padding
     assert alone == [answer.answer for answer in ours[:2]]
     cropped = [answer.answer for answer in predictor(questions, 0, max_new_tokens=6, image_mode="crop")]
@@ -113,7 +113,7 @@ def test_mocl_whose_prompts_gate_each_other_is_refused(world, tmp_path):
 def test_the_first_stage_and_each_block_are_adapters_of_peft(world, tmp_path):
     workdir = world.run("proglora_dynamic")
     exported(export_dynamic, workdir, tmp_path / "first", stage="0")
-    assert json.loads((tmp_path / "first" / "routing.json").read_text())["blocks"] == [{"folder": "block_00", "task": "TextVQA"}]
+    assert json.loads((tmp_path / "first" / "routing.json").read_text())["blocks"] == [{"folder": "block_00", "name": "TextVQA"}]
     exported(export_dynamic, workdir, tmp_path / "out")
     base = transformers.LlavaForConditionalGeneration.from_pretrained(world.model)
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "block_00")
@@ -123,14 +123,15 @@ def test_the_first_stage_and_each_block_are_adapters_of_peft(world, tmp_path):
     np.testing.assert_array_equal(linear.lora_A["default"].weight.detach(), block["a"][1].T)
     np.testing.assert_array_equal(linear.lora_B["default"].weight.detach(), block["b"][1].T)
     assert linear.scaling["default"] == trained.method.scale
-    assert not (tmp_path / "out" / "block_00" / "gated_llava.py").exists()
+    assert not (tmp_path / "out" / "block_00" / "gated_llava.py").exists() and not list((tmp_path / "out").rglob("__pycache__"))
 
 
 def test_a_shared_block_counts_once_whatever_the_prompt(world, tmp_path, monkeypatch):
     workdir = world.run("proglora_dynamic")
     exported(export_dynamic, workdir, tmp_path / "plain")
     own = ProgLoRADynamic.routing
-    monkeypatch.setattr(ProgLoRADynamic, "routing", lambda self, state: dataclasses.replace(own(self, state), shared=self.block(state, 0)))
+    share = lambda self, state: dataclasses.replace(own(self, state), shared=Block(self.block(state, 0)))  # noqa: E731
+    monkeypatch.setattr(ProgLoRADynamic, "routing", share)
     exported(export_dynamic, workdir, tmp_path / "shared")
     plain, shared = load(tmp_path / "plain", world), load(tmp_path / "shared", world)
     batch = plain.prompts(["What?", f"Is it red?{WORD}"])
@@ -147,8 +148,7 @@ def test_the_router_is_what_numpy_says(world, tmp_path, rng):
     """Mean-pooled features, cosine, and scores that are no softmax, which a method may ask for."""
     keys = rng.standard_normal((3, 16)).astype("f4")
     routing = Routing(keys, temperature=0.125, pool="mean", score="cosine", weights="scores")
-    router = load_module(export_gates.module_file()).Router(
-        {name: getattr(routing, name) for name in export_gates.HOW}, {"keys": torch.from_numpy(keys)})
+    router = load_module(export_gates.module_file()).ROUTERS[routing.kind](routing.settings(), {"keys": torch.from_numpy(keys)})
     x, mask = rng.standard_normal((2, 5, 16)).astype("f4"), np.array([[0, 1, 1, 0, 1], [0, 0, 0, 0, 0]], bool)
     found = router(torch.from_numpy(x), torch.from_numpy(mask)).numpy()
     z = x[0][mask[0]].mean(0)

@@ -65,7 +65,7 @@ def test_eight_tasks_from_vicuna_to_torch(here, parts, capsys):  # noqa: F811
     assert "vicuna_projector_custom" in (said := capsys.readouterr().out) and "reloaded in torch: the same" in said
 
     model = load_module(out / "gated_llava.py").GatedLlava.load(str(out))
-    assert model.blocks == list(TASKS)
+    assert model.columns == list(TASKS)
     images = text_only = 0
     for task in TASKS:
         questions = load_task(str(here.root), task, "Original").questions

@@ -4,14 +4,16 @@
 
     model = GatedLlava.load("this/folder", base="/models/llava-1.5-7b-hf", dtype=torch.bfloat16).to("cuda")
     answers = model.answer(["What is this?\\nAnswer the question using a single word or phrase."], ["photo.jpg"])
-    print(answers, model.blocks, model.gates)        # gates: one row per prompt, one column per block
+    print(answers, model.columns, model.gates)       # gates: one row per prompt, one column per block
 
-It needs torch, transformers, safetensors and Pillow, and nothing else: no code is loaded from anywhere. The folder holds
+It needs torch, transformers, safetensors and Pillow, and gated_routers.py beside it; no code is loaded from anywhere else. The folder holds
 
     routing.json                  sizes, template, and how gates follow from a prompt
-    routing.safetensors           one key per block, the query projector
+    routing.safetensors           what the gates are computed from: keys, a query projector, routers
     mm_projector.safetensors      the projector that was trained with the blocks
-    block_00, block_01, ...       one LoRA block each, as PEFT adapters
+    block_00, block_01, ...       one LoRA block each, as PEFT adapters; or
+    ranks                         where ranks are gated one by one, all of them in one adapter
+    shared                        where there is one, a block that no prompt gates
     tokenizer.json, ...           the tokenizer
 """
 
@@ -23,53 +25,19 @@ import pathlib
 import numpy as np
 import torch
 import transformers
+from gated_routers import ROUTERS, Prompt, Router
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional
 
 
-class Router(torch.nn.Module):
-    """Gates of prompts: w = softmax(<projector(z), key> / temperature), z the pooled input embeddings of the instruction."""
-
-    def __init__(self, how: dict, tensors: dict[str, torch.Tensor]):
-        super().__init__()
-        self.how = how
-        for name, tensor in tensors.items():
-            self.register_buffer(name.replace(".", "_"), tensor.float())
-
-    def forward(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """f32[B, M] from embeddings [B, T, D] and the positions that count, bool[B, T]."""
-        x, mask = embeddings.float(), mask[..., None].to(embeddings.device)
-        if self.how["pool"] == "max":
-            z = x.masked_fill(~mask, -torch.inf).amax(1)
-            z = torch.where(mask.any(1), z, 0.0)
-        else:
-            z = torch.where(mask, x, 0.0).sum(1) / mask.sum(1).clamp(min=1)
-        query, keys = self.query(z), self.keys
-        if self.how["score"] == "cosine":
-            query, keys = functional.normalize(query, dim=-1), functional.normalize(keys, dim=-1)
-        scores = query @ keys.T / self.how["temperature"]
-        return scores.softmax(-1) if self.how["weights"] == "softmax" else scores
-
-    def query(self, z: torch.Tensor) -> torch.Tensor:
-        """LayerNorm(W2 silu(W1 z + b1) + b2), or the released code's LayerNorm(silu(W2 W1 z)), or z itself; f32[B, D]."""
-        if self.how["query"] == "none":
-            return z
-        if self.how["query"] == "paper":
-            h = functional.silu(functional.linear(z, self.linear_1_weight, self.linear_1_bias))
-            h = functional.linear(h, self.linear_2_weight, self.linear_2_bias)
-        else:
-            h = functional.silu(z @ self.linear_1_weight.T @ self.linear_2_weight.T)
-        return functional.layer_norm(h, h.shape[-1:], self.norm_weight, self.norm_bias, 1e-5)
-
-
 class GatedLinear(torch.nn.Module):
     """A frozen linear plus scale * sum_n w_n B_n A_n x, the blocks side by side along rank."""
 
-    def __init__(self, base: torch.nn.Linear, a: torch.Tensor, b: torch.Tensor, owner: torch.Tensor, pool: GatedLlava):
-        """Args: a: [R, d_in]; b: [d_out, R]; owner: i64[R], the block of each rank; pool: where the gates of the prompts lie."""
+    def __init__(self, base: torch.nn.Linear, a: torch.Tensor, b: torch.Tensor, owner: torch.Tensor, place: tuple, pool: GatedLlava):
+        """Args: a: [R, d_in]; b: [d_out, R]; owner: i64[R], each rank's gate; place: layer and name; pool: where it belongs."""
         super().__init__()
-        self.base = base
+        self.base, self.place = base, place
         self.register_buffer("a", a.to(base.weight))
         self.register_buffer("b", b.to(base.weight))
         self.register_buffer("owner", owner)
@@ -77,7 +45,8 @@ class GatedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, d_in] -> [B, T, d_out]."""
-        gates = self.pool.gates_for(x.shape[0])[:, self.owner][:, None].to(x)  # [B, 1, R]
+        gates = self.pool.router.gate(x, *self.place)  # [B, T or 1, M]
+        gates = functional.pad(gates, (0, 1), value=self.pool.fields["routing"]["shared_gate"])[..., self.owner].to(x)  # [B, T or 1, R]
         h = (x @ self.a.T) * gates
         if self.pool.fields["fuse"] == "factor":  # (sum w_n B_n)(sum w_m A_m) x
             blocks = len(self.owner.unique())
@@ -86,27 +55,38 @@ class GatedLinear(torch.nn.Module):
 
 
 class GatedLlava(torch.nn.Module):
-    """A `LlavaForConditionalGeneration` whose decoder layers have the blocks, and the prompts that it was trained with.
+    """A `LlavaForConditionalGeneration` whose linears have the blocks, and the prompts that it was trained with.
 
     Attributes:
         llava: transformers' model, with GatedLinear in the place of the adapted linears.
-        blocks: what each block was trained on, in the order of the gates.
-        gates: f32[B, M] of the prompts that were read last.
+        router: what makes the gates.
+        columns: what each column of the gates belongs to: the task of a block, an expert.
     """
 
     def __init__(self, folder: str, llava: transformers.LlavaForConditionalGeneration):
         super().__init__()
         folder = pathlib.Path(folder)
         self.fields = json.loads((folder / "routing.json").read_text(encoding="utf-8"))
-        self.blocks = [block["task"] for block in self.fields["blocks"]]
-        self.llava, self.gates, self._mask = llava, None, None
-        self.router = Router(self.fields["routing"], load_file(folder / "routing.safetensors"))
+        self.columns, self.llava, self._asked, self._image = self.fields["columns"], llava, None, None
+        how = self.fields["routing"]
+        self.router: Router = ROUTERS[how["kind"]](how, load_file(folder / "routing.safetensors"))
         llava.model.multi_modal_projector.load_state_dict(load_file(folder / "mm_projector.safetensors"))
-        self._attach([load_file(folder / block["folder"] / "adapter_model.safetensors") for block in self.fields["blocks"]]
-                     + [load_file(folder / name / "adapter_model.safetensors") for name in self.fields["shared"]])
-        llava.model.language_model.register_forward_pre_hook(self._read_gates, with_kwargs=True)
+        names = [block["folder"] for block in self.fields["blocks"]]
+        self._attach(*([load_file(folder / name / "adapter_model.safetensors") if name else {} for name in some]
+                       for some in (names, self.fields["shared"])))
+        if hasattr(self.router, "image_keys"):
+            llava.model.vision_tower.register_forward_hook(self._see_image)
+        llava.model.language_model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        llava.model.language_model.register_forward_hook(lambda module, args, out: self.router.end() if self.router.prompt else None)
+        for index, layer in enumerate(llava.model.language_model.layers if how["kind"] == "layer" else ()):
+            layer.register_forward_pre_hook(lambda module, args, index=index: self.router.enter(index, args[0]))
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.tokenizer.backend_tokenizer.encode_special_tokens = True  # a literal </s> or <image> in a question is text
+
+    @property
+    def gates(self) -> torch.Tensor:
+        """f32[B, M] of the prompts that were read last; where layers or linears have gates of their own, the mean."""
+        return self.router.gates
 
     @classmethod
     def load(cls, folder: str, base: str = "", dtype: torch.dtype = torch.float32) -> GatedLlava:
@@ -115,30 +95,46 @@ class GatedLlava(torch.nn.Module):
         base = base or fields["base_model_name_or_path"]
         return cls(folder, transformers.LlavaForConditionalGeneration.from_pretrained(base, dtype=dtype)).eval()
 
-    def _attach(self, blocks: list[dict[str, torch.Tensor]]) -> None:
+    def _attach(self, blocks: list[dict[str, torch.Tensor]], shared: list[dict[str, torch.Tensor]]) -> None:
         start = "base_model.model."
-        for path in sorted({name.rpartition(".lora_")[0] for block in blocks for name in block}):
+        for path in sorted({name.rpartition(".lora_")[0] for block in blocks + shared for name in block}):
             here = [(i, block[f"{path}.lora_A.weight"], block[f"{path}.lora_B.weight"])
-                    for i, block in enumerate(blocks) if f"{path}.lora_A.weight" in block]
-            owner = torch.cat([torch.full((a.shape[0],), i) for i, a, _ in here])
+                    for i, block in enumerate(blocks + shared) if f"{path}.lora_A.weight" in block]
+            # A shared block takes the gate behind those of the others.
+            own = lambda i, a: torch.arange(len(a)) if self.router.by_rank else torch.full((len(a),), i)
+            owner = torch.cat([own(i, a) if i < len(blocks) else torch.full((len(a),), -1) for i, a, _ in here])
             a, b = torch.cat([a for _, a, _ in here]), torch.cat([b for _, _, b in here], 1)
-            parent, name = self.llava.get_submodule(path.removeprefix(start).rpartition(".")[0]), path.rpartition(".")[2]
-            setattr(parent, name, GatedLinear(getattr(parent, name), a, b, owner, self))
+            above, _, name = path.removeprefix(start).rpartition(".")
+            parent, numbers = self.llava.get_submodule(above), [int(part) for part in above.split(".") if part.isdecimal()]
+            place = (numbers[0] if numbers else -1, name)
+            setattr(parent, name, GatedLinear(getattr(parent, name), a, b, owner, place, self))
 
     # ---- gates
 
-    def _read_gates(self, module, args, kwargs) -> None:
-        """Before the decoder reads a prompt: its gates. They serve all tokens that follow it."""
-        if self._mask is not None:
-            embeddings, mask = kwargs["inputs_embeds"], self._mask
-            copies = embeddings.shape[0] // mask.shape[0]  # beam search repeats each prompt
-            self.gates, self._mask = self.router(embeddings, mask.repeat_interleave(copies, 0)), None
+    def _see_image(self, module, args, out) -> None:
+        """Behind the vision tower: the class token of the layer that LLaVA takes its features from."""
+        self._image = out.hidden_states[self.llava.config.vision_feature_layer][:, 0].float()
+        if self.router.reads_first and self._asked is not None:
+            self.router.read(self._prompt(self.llava.get_input_embeddings()(self._asked["input_ids"])))
 
-    def gates_for(self, rows: int) -> torch.Tensor:
-        """The gates of the prompts being read, f32[B, M], and 1 for a shared block behind them."""
-        if self.gates is None or self.gates.shape[0] != rows:
-            raise RuntimeError("no gates for these prompts; call GatedLlava itself or its generate, not the parts of it")
-        return torch.cat([self.gates, self.gates.new_ones(rows, len(self.fields["shared"]))], 1)
+    def _begin(self, module, args, kwargs) -> None:
+        """Before the decoder reads a prompt: what its gates follow from. They serve all tokens behind it."""
+        if self._asked is not None:
+            self.router.read(self._prompt(kwargs["inputs_embeds"]))
+            self._asked = None
+
+    def _prompt(self, embeddings: torch.Tensor) -> Prompt:
+        ids, real, routed = (self._asked[name].to(embeddings.device) for name in ("input_ids", "attention_mask", "routing_mask"))
+        shown = (ids == self.fields["image_token_id"]).any(1)
+        copies = len(embeddings) // len(ids)  # beam search repeats each prompt
+        if self._image is not None:
+            copies = max(copies, len(self._image) // int(shown.sum()))
+        repeat = lambda x, length: x if len(x) == length else x.repeat_interleave(length // len(x), 0)
+        embeddings, real, routed, shown = (repeat(x, copies * len(ids)) for x in (embeddings, real == 1, routed, shown))
+        image = embeddings.new_zeros(len(shown), self.llava.config.vision_config.hidden_size, dtype=torch.float32)
+        if self._image is not None:
+            image[shown] = repeat(self._image, int(shown.sum())).to(image)
+        return Prompt(embeddings, routed, real, image, shown)
 
     # ---- prompts
 
@@ -186,6 +182,8 @@ class GatedLlava(torch.nn.Module):
             inside.append(first < stop and last > start)
         if kind == "text_prompt":
             inside = [token != self.fields["image_token_id"] for token in ids]
+        if kind == "start_and_instruction":
+            inside[0] = True
         return ids, [True] * len(ids) if kind == "multimodal_prompt" else inside
 
     def _tokens(self, text: str) -> list[tuple[int, tuple[int, int]]]:
@@ -212,19 +210,22 @@ class GatedLlava(torch.nn.Module):
 
     # ---- reading and answering
 
-    def forward(self, routing_mask: torch.Tensor, **inputs):
+    def _ask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, routing_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        self._asked = {"input_ids": input_ids, "attention_mask": attention_mask, "routing_mask": routing_mask}
+        self._image = None
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, routing_mask: torch.Tensor, **inputs):
         """transformers' output for whole prompts; `inputs` are its own. `routing_mask` bool[B, T]: the tokens that route."""
-        self._mask = routing_mask
-        return self.llava(**inputs)
+        return self.llava(**self._ask(input_ids, attention_mask, routing_mask), **inputs)
 
     @torch.no_grad()
-    def generate(self, input_ids: torch.Tensor, routing_mask: torch.Tensor, **options):
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, routing_mask: torch.Tensor, **options):
         """transformers' `generate`, greedy unless `options` say otherwise; without the prompts, and padded behind the end."""
-        self._mask = routing_mask
         rows = self.llava.get_input_embeddings().weight.shape[0]
         plain = {name: self.fields[name] for name in ("eos_token_id", "pad_token_id")} | {"do_sample": False, "num_beams": 1}
         plain["suppress_tokens"] = list(range(self.fields["tokenizer_size"], rows)) or None  # rows that no token uses
-        made = self.llava.generate(input_ids=input_ids, **(plain | options))
+        made = self.llava.generate(**self._ask(input_ids, attention_mask, routing_mask), **(plain | options))
         return made[:, input_ids.shape[1] :] if isinstance(made, torch.Tensor) else made
 
     def answer(
