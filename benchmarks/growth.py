@@ -49,13 +49,14 @@ ROUNDS = 15
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The step of one phase in the last stage that has it, as shapes of its arguments; `ranks` of its adapter in all."""
+    """The step of one phase in the last stage that has it, as shapes of its arguments; `ranks` of its adapter in all, `stage` from 0."""
 
     name: str
     phase: Phase
     step: object
     arguments: tuple
     ranks: int
+    stage: int
 
 
 def main() -> None:
@@ -86,14 +87,14 @@ def programs(method: str, count: int, mesh, *overrides: str) -> Iterator[Program
         for place, one in enumerate(stage.phases):
             if not one.phase.features:
                 cost = settings.method.cost(one.state.params, one.info, one.phase)
-                found[one.phase.name] = (place, one.phase, one.state, one.mask, cost.frozen + cost.up)
-    for place, phase, state, mask, ranks in found.values():
-        yield _program(settings, llava, f"{method}, {phase.name}" if place else method, phase, state, mask, ranks, mesh)
+                found[one.phase.name] = (place, one, cost.frozen + cost.up)
+    for place, one, ranks in found.values():
+        yield _program(settings, llava, f"{method}, {one.phase.name}" if place else method, one, ranks, mesh)
 
 
-def _program(settings: Settings, llava, name: str, phase: Phase, state, mask, ranks: int, mesh) -> Program:
-    same, train = meshes.replicated(mesh), settings.train
-    trainable, frozen = trees.partition(state.params, mask)
+def _program(settings: Settings, llava, name: str, one: shapes.StageShapes, ranks: int, mesh) -> Program:
+    same, train, phase, state = meshes.replicated(mesh), settings.train, one.phase, one.state
+    trainable, frozen = trees.partition(state.params, one.mask)
     moments = jax.eval_shape(optim.transform(train).init, trainable)
     batch = shapes.abstract_batch(train.batch_size, settings.data.buckets[0], llava.config.vision_config.image_size)
     number = lambda kind: jax.ShapeDtypeStruct((), kind)
@@ -106,7 +107,7 @@ def _program(settings: Settings, llava, name: str, phase: Phase, state, mask, ra
     held = [placed(part, same) for part in (trainable, moments, frozen, state.memory)]
     step = make_train_step(settings.method, train, settings.model.remat, False, mesh, phase.program())
     given = place_backbone(llava, mesh), placed(batch, meshes.batch_sharding(mesh)), placed(control, same)
-    return Program(name, phase.program(), step, (*held, *given), ranks)
+    return Program(name, phase.program(), step, (*held, *given), ranks, one.info.index)
 
 
 def costs(program: Program, known: dict) -> dict[str, float]:
@@ -141,6 +142,8 @@ class Timed:
         rng = np.random.default_rng(0)
         filled = [jax.tree.map(lambda leaf: _filled(rng, leaf), part) for part in program.arguments]
         self.llava, self.step = filled[4], program.step
+        stage = program.arguments[6]["stage"]  # LwF asks its teacher in later stages only
+        filled[6] |= {"stage": jax.device_put(np.full(stage.shape, program.stage, stage.dtype), stage.sharding)}
         # Where a run puts them: a step on arrays that lie elsewhere would compile again for its own results.
         batch = {name: jax.device_put(value, program.arguments[5][name].sharding)
                  for name, value in _batch(rng, program.arguments[5], self.llava.config).items()}
@@ -240,8 +243,11 @@ def _text(rows: list[dict], quantities, times: bool, versions) -> list[str]:
 def figure(rows: list[dict], quantities) -> bytes:
     """One panel per quantity, a line per method, as PNG bytes."""
     methods, counts = (list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "tasks"))
-    drawn = Figure(figsize=(5.0 * len(quantities) + 2.4, 5.2), dpi=110, layout="constrained")
-    panels = drawn.subplots(1, len(quantities), squeeze=False)[0]
+    high = -(-len(quantities) // 3)
+    drawn = Figure(figsize=(17.4, 4.8 * high), dpi=100, layout="constrained")
+    panels = drawn.subplots(high, 3, squeeze=False).ravel()
+    for panel in panels[len(quantities) :]:
+        panel.set_axis_off()
     for panel, (key, title, unit) in zip(panels, quantities):
         for order, method in enumerate(methods):
             points = [(row["tasks"], row[key] / unit) for row in rows if row["method"] == method]
