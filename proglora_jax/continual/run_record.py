@@ -14,8 +14,9 @@ The file is one JSON object. Stages and blocks count from 0. A stage or score th
     baselines    {name: {task: float}}      optional; e.g. question-only answers, score of the references themselves
     counts       [{group: int}]             per stage: parameters that train, by group
     seconds      [{"train": s, "evaluate": s}]  per stage; wall clock
-    data         [{what: int}]  per stage: "rows" of its own tasks, and how many records of theirs were left out ("bad_records",
-                                "unsupervised"), were cut short ("truncated") or have an empty answer ("empty_answers")
+    data         [{what: int}]  per stage: "rows" of its own tasks, how many records of their files could not be used ("bad_records";
+                                of the whole files, also where config.data.train_examples takes fewer), and of those taken, how many
+                                teach nothing ("unsupervised"), were cut short ("truncated") or have an empty answer ("empty_answers")
     command      str            the command that made the run
     versions     {package: str}
     config_hash  str

@@ -88,6 +88,12 @@ def test_other_ways_to_route(world, tmp_path, fields):
     assert how["routing"]["tokens"] == fields["routing_tokens"] and how["fuse"] == fields.get("fuse", "delta")
 
 
+def test_the_light_variant_with_its_gates(world, tmp_path):
+    """Its shared bottom layers lie in every block, and the gates sum to 1."""
+    said = exported(export_dynamic, world.run("proglora_light"), tmp_path / "out", verify=True)
+    assert "reloaded in torch: the same" in said and "proglora_light, stage 01_imagenet: 2 blocks" in said
+
+
 @pytest.mark.parametrize("fields", [{}, {"weights": "cosine", "use_scale": False}], ids=["softmax", "cosines"])
 def test_mocl_with_its_gates(world, tmp_path, fields):
     workdir = world.run("mocl", **fields)
