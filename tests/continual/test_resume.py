@@ -35,7 +35,9 @@ class Place:
         """Starts the run in a workdir, or goes on with it; `afresh` in a new interpreter, as a user does."""
         fields = {"train__batch_size": 8, "run__compilation_cache": tiny_run.compiled(), "mesh__data": -1} | fields
         flags = [*tiny_run.flags(self.model, self.folder / "data", **fields), f"--workdir={workdir}"]
-        return Process(flags, {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": tiny_run.xla_flags(devices)}, workdir, afresh)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": tiny_run.xla_flags(devices)}
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "false"  # programs as a user's run has them, but for the emitters
+        return Process(flags, environment, workdir, afresh)
 
     def finish(self, workdir: Path, **fields) -> str:
         """Runs to the end, which must be a good one; returns what was printed."""
