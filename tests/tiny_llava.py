@@ -72,3 +72,8 @@ def rows_of(task: int, count: int, seed: int = 0, **fixed):
     """`count` rows of a task; every fourth has no image."""
     rng = np.random.default_rng([seed, task])
     return [row(rng, task, **({"image": i % 4 != 3, "example": i} | fixed)) for i in range(count)]
+
+
+def embed_batch(llava, params, batch):
+    """Input embeddings [B, T, D] of a batch, images through the tower and the state's projector."""
+    return llava.embed(batch["tokens"], llava.project(llava.encode_image(batch["image"]), params["mm_projector"]))

@@ -32,12 +32,6 @@ def policy_at(remat: Remat, batch: Batch) -> str:
     return remat if isinstance(remat, str) else remat[batch["tokens"].shape[1]]
 
 
-def embed_batch(llava: Any, params: PyTree, batch: Batch) -> jax.Array:
-    """Input embeddings [B, T, D] of a batch, images through the frozen tower and the state's projector."""
-    features = llava.project(llava.encode_image(batch["image"]), params[PROJECTOR])
-    return llava.embed(batch["tokens"], features)
-
-
 def gate_inputs(llava: Any, method: Method, x: jax.Array, batch: Batch, stage: jax.Array, **known: Any) -> GateInputs:
     """What the method's gates may see of a batch; `known` are further fields of GateInputs."""
     segments = batch["segments"]

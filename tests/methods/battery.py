@@ -21,7 +21,6 @@ from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState
 from proglora_jax.methods.base import ADAPTER, GATE, PROJECTOR, Method
 from proglora_jax.training import loop, losses
-from proglora_jax.training import step as steps_of
 
 STEPS = 30
 # Weight decay would move what is frozen if the optimizer saw it; the large epsilon keeps Adam smooth where gradients are near zero.
@@ -195,7 +194,7 @@ def check_fold_equals_the_method(name: str) -> None:
 @jax.jit
 def plain_logits(llava, params, batch, adapter):
     """Scores under an adapter that needs no method."""
-    hidden = llava.decode(steps_of.embed_batch(llava, params, batch), adapter=adapter).hidden
+    hidden = llava.decode(tiny_llava.embed_batch(llava, params, batch), adapter=adapter).hidden
     return llava.logits(losses.gather_positions(hidden, batch["label_index"]))
 
 

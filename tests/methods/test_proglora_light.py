@@ -105,7 +105,7 @@ def test_gates_travel_with_the_cache():
     batch = tiny_llava.batch([tiny_llava.row(np.random.default_rng(3), 1, words=4, answer=2) for _ in range(3)])
     n = int(batch["length"][0])
     assert set(batch["length"]) == {n}
-    x = steps_of.embed_batch(run.llava, state.params, batch)
+    x = tiny_llava.embed_batch(run.llava, state.params, batch)
     gates = run.method.gates(state.params, state.memory, steps_of.gate_inputs(run.llava, run.method, x, batch, state.stage))
     adapter = run.method.adapter(state.params, gates, None)
     whole = run.llava.decode(x[:, :n], adapter=adapter).hidden

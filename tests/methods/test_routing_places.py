@@ -48,7 +48,7 @@ def test_routing_layer_pools_that_layers_hidden_states():
     llava, batch = tiny_llava.model(), tiny_llava.batch(tiny_llava.rows_of(0, 4))
     method = small("proglora_dynamic", routing_layer=1)
     params = {"mm_projector": llava.projector_params()}
-    x = steps_of.embed_batch(llava, params, batch)
+    x = tiny_llava.embed_batch(llava, params, batch)
     inputs = steps_of.gate_inputs(llava, method, x, batch, jnp.int32(0))
     hidden, mask = np.asarray(llava.hidden_after(x, 1)), batch["segments"] == codes.INSTRUCTION
     expected = np.stack([hidden[row][mask[row]].max(axis=0) for row in range(4)])
@@ -68,7 +68,7 @@ def test_every_layer_gates_itself_and_restarts_bit_for_bit():
     assert np.abs(seen["w"][:, 0] - seen["w"][:, 1]).max() > 1e-4, "the layers' gates are their own"
     # the first layer's feature is the maximum of the input embeddings
     rows = tiny_llava.batch([harness.rows(1)[i] for i in range(6)])
-    x = np.asarray(steps_of.embed_batch(harness.llava, state.params, rows))
+    x = np.asarray(tiny_llava.embed_batch(harness.llava, state.params, rows))
     mask = rows["segments"] == codes.INSTRUCTION
     np.testing.assert_allclose(seen["z"][:, 0], np.stack([x[i][mask[i]].max(0) for i in range(6)]), rtol=1e-6)
     # a restart gives the same weights
@@ -128,7 +128,7 @@ def by_hand(llava, method, params, batch, row, stage, steps):
     """Greedy tokens of one row; each step's gates from max-pooling nothing but the newest token's embedding."""
     n = int(batch["length"][row])
     one = {name: value[row : row + 1] for name, value in batch.items()} | {"tokens": batch["tokens"][row : row + 1, :n]}
-    x = steps_of.embed_batch(llava, params, one)
+    x = tiny_llava.embed_batch(llava, params, one)
 
     def adapter(z):
         return method.adapter(params, method.split_gates(params, method.weights(params, z, jnp.int32(stage)), jnp.int32(stage)), None)
