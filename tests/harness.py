@@ -17,6 +17,7 @@ from proglora_jax.core.types import CLState
 from proglora_jax.methods.base import Method, Phase, Replay, TaskInfo, check_contract
 from proglora_jax.methods.registry import METHODS
 from proglora_jax.methods.views import Probe
+from proglora_jax.models.layers import gather_positions
 from proglora_jax.training import fisher, losses, loop, optim
 from proglora_jax.training import step as steps_of
 from proglora_jax.training.settings import TrainSettings
@@ -221,7 +222,7 @@ class Harness:
             sight = steps_of.look(llava, method, params, memory, batch, stage)
             gates = sight.gates
             hidden = llava.decode(sight.inputs.embeddings, adapter=method.adapter(params, gates, None)).hidden
-            logits = llava.logits(losses.gather_positions(hidden, batch["label_index"]))
+            logits = llava.logits(gather_positions(hidden, batch["label_index"]))
             nll = losses.token_nll(logits, batch["labels"], batch["label_mask"])
             return {"logits": logits, "gates": gates["blocks"], "loss": nll.sum() / batch["label_mask"].sum()}
 

@@ -12,6 +12,7 @@ import numpy as np
 import tiny_llava
 
 from proglora_jax.core.types import Targets
+from proglora_jax.models.layers import gather_positions
 from proglora_jax.models.llama import Output
 
 LAYERS, WIDTH, INNER, VISION = 2, 32, 40, 16
@@ -61,7 +62,7 @@ class Stub:
         order = jnp.clip(jnp.cumsum(here, axis=1) - 1, 0, tiny_llava.PATCHES - 1)
         return jnp.where(here[..., None], jnp.take_along_axis(features.astype(x.dtype), order[..., None], axis=1), x)
 
-    def decode(self, x, *, adapter=None, remat="none", cache_size=0):
+    def decode(self, x, *, adapter=None, remat="none", cache_size=0, positions=None):
         mean = np.tril(np.ones((x.shape[1],) * 2, np.float32)) / np.arange(1, x.shape[1] + 1, dtype=np.float32)[:, None]
         leaves, once = ({}, {}) if adapter is None else (adapter.leaves, adapter.layer)
 
@@ -82,7 +83,7 @@ class Stub:
             return h, ({**context, "linears": seen} if seen else context) if cache_size else None
 
         h, contexts = jax.lax.scan(body, x, (self.layers, leaves, once))
-        h = h.astype(jnp.float32)
+        h = (h if positions is None else gather_positions(h, positions)).astype(jnp.float32)
         return Output((h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + 1e-5)).astype(x.dtype), None, contexts)
 
     def logits(self, hidden):

@@ -17,14 +17,14 @@ PyTree = Any
 SAVED_NAMES = ("query", "key", "value", "attention", "residual", "gate", "up", "low_rank")
 
 
-def _all_but_constraints(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Keeps everything but what a sharding constraint returns: the gathered weights of a layer would be kept for every layer at once."""
-    return primitive.name != "sharding_constraint"
+def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Keeps everything but a layer's weights, gathered from other devices or read from their stack: they would be kept for every layer."""
+    return primitive.name not in ("sharding_constraint", "dynamic_slice", "squeeze")
 
 
 _policies = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Callable] = {
-    "none": _all_but_constraints,
+    "none": _all_but_weights,
     "full": _policies.nothing_saveable,
     "dots": _policies.dots_with_no_batch_dims_saveable,
     "qkvo": _policies.save_only_these_names("query", "key", "value", "attention", "low_rank"),
@@ -44,35 +44,53 @@ def remat(body: Callable, policy: str) -> Callable:
     Raises:
         ValueError: "remat='<policy>' is unknown: choose one of none, full, ..."
     """
+    if _known(policy) == "none" and not meshes.gathers():
+        return body
+    return _checkpoint(body, policy)
+
+
+def _known(policy: str) -> str:
     if policy not in REMAT_POLICIES:
         raise ValueError(f"remat={policy!r} is unknown: choose one of {', '.join(REMAT_POLICIES)}")
-    if policy == "none" and not meshes.gathers():
-        return body
+    return policy
+
+
+def _checkpoint(body: Callable, policy: str) -> Callable:
     # Inside a scan the loop itself keeps forward and backward apart, so the costly barrier against CSE is not needed.
     return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
 
 
-def scan(body: Callable, carry: PyTree, layers: PyTree, *, policy: str = "none", count: int | None = None, unroll: int = 1):
+def scan(
+    body: Callable, carry: PyTree, layers: PyTree, *, trained: PyTree = None, policy: str = "none", count: int | None = None,
+    unroll: int = 1,
+):
     """Runs a body over stacked layers, first to last.
 
     Args:
-        body: (carry, layer) -> (carry, output).
+        body: (carry, layer) -> (carry, output); with `trained`, (carry, (layer, layer of trained)) -> (carry, output).
         carry: what goes from layer to layer.
-        layers: pytree of arrays [L, ...].
+        layers: pytree of arrays [L, ...], read where they lie.
+        trained: more of them, for which gradients are wanted: of a part of the layers they are copied, and gradients cost no more than
+            those of the layers that run, while the gradient of `layers` is summed over the whole stack once a layer.
         policy: name of a rematerialisation policy, see `remat`.
-        count: run only the first `count` layers; the others are not read and not copied.
+        count: run only the first `count` layers; None runs all.
         unroll: number of layers in one turn of the loop.
 
     Returns:
         (carry, outputs stacked over the layers that ran).
     """
-    if count is None or count == num_layers(layers):
-        return jax.lax.scan(remat(body, policy), carry, layers, unroll=unroll)
+    scanned = layers if trained is None else (layers, trained)
+    if count is None or count == num_layers(scanned):
+        return jax.lax.scan(remat(body, policy), carry, scanned, unroll=unroll)
 
-    def indexed(carry: PyTree, index: jax.Array):
-        return body(carry, take(layers, index))
+    def indexed(carry: PyTree, scanned: tuple):
+        index, own = scanned
+        layer = take(layers, index)
+        return body(carry, layer if trained is None else (layer, own))
 
-    return jax.lax.scan(remat(indexed, policy), carry, jnp.arange(count), unroll=unroll)
+    # Even where nothing is to be computed again, else the weights read here would be kept as a copy of the whole stack.
+    body_at = _checkpoint(indexed, _known(policy))
+    return jax.lax.scan(body_at, carry, (jnp.arange(count), jax.tree.map(lambda leaf: leaf[:count], trained)), unroll=unroll)
 
 
 def num_layers(layers: PyTree) -> int:

@@ -46,6 +46,8 @@ class Adapter:
             stream before the layer; None passes `layer_leaves` through as the context.
         observe: (name, leaves, layer_context, gates, x) -> pytree, asked at each linear while a prompt is read; what it returns
             is in the contexts under "linears", where `delta` finds it when the later tokens come one by one.
+        resting: names of leaves that no gradient is asked of (frozen blocks): the decoder need not copy them.
+        by_position: whether `delta` at a position depends on x at that position alone, so that it may be asked for some positions only.
     """
 
     leaves: PyTree
@@ -54,6 +56,8 @@ class Adapter:
     delta: Callable = dataclasses.field(metadata=dict(static=True))
     layer_gate: Callable | None = dataclasses.field(default=None, metadata=dict(static=True))
     observe: Callable | None = dataclasses.field(default=None, metadata=dict(static=True))
+    resting: tuple[str, ...] = dataclasses.field(default=(), metadata=dict(static=True))
+    by_position: bool = dataclasses.field(default=True, metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass

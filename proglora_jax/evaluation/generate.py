@@ -84,8 +84,8 @@ def generate(
     rows, prompt = batch["tokens"].shape
     valid = batch.get("valid", jnp.ones((rows,), bool))
 
-    output = llava.decode(x, adapter=adapter, cache_size=prompt + max_new_tokens)
-    last = jnp.take_along_axis(output.hidden, jnp.maximum(length - 1, 0)[:, None, None], axis=1)  # [B, 1, D]
+    last = jnp.maximum(length - 1, 0)[:, None]  # [B, 1], the positions that predict the first tokens
+    output = llava.decode(x, adapter=adapter, cache_size=prompt + max_new_tokens, positions=last)
     contexts = output.contexts
 
     def unfinished(state: _State) -> jax.Array:
@@ -101,7 +101,7 @@ def generate(
 
     tokens = jnp.full((rows, max_new_tokens), pad_id, jnp.int32)
     state = _State(jnp.int32(0), jnp.zeros((rows,), jnp.int32), ~valid, tokens, output.cache)
-    state = _write(state, _choose(llava.logits(last[:, 0]), vocab_limit), output.cache, eos_id, pad_id)
+    state = _write(state, _choose(llava.logits(output.hidden[:, 0]), vocab_limit), output.cache, eos_id, pad_id)
     state = jax.lax.while_loop(unfinished, advance, state)
     # A filler row is done from the start and holds padding only, so its count is 0 whatever the padding id is.
     ended = jnp.any(state.tokens == eos_id, axis=1)

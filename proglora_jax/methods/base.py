@@ -19,6 +19,8 @@ from proglora_jax.methods.routing import Way
 from proglora_jax.methods.views import Cost, GateInputs, Passes, Phase, Probe, Replay, TaskInfo
 
 ADAPTER, GATE, PROJECTOR = "adapter", "gate", "mm_projector"
+FROZEN = ("pool_a", "pool_b")
+"""Leaves of an adapter with the blocks of earlier tasks."""
 __all__ = [
     "ADAPTER", "GATE", "PROJECTOR", "Adapter", "Cost", "GateInputs", "Method", "Passes", "Phase", "Probe", "Replay", "TaskInfo",
     "check_contract", "pooled_delta", "require", "require_choice",
@@ -168,7 +170,7 @@ class Method:
         rate = self.dropout if key is not None else 0.0
         layers = jax.tree.leaves(leaves)[0].shape[0]
         layer = {"dropout_key": jax.random.split(key, layers)} if rate else {}
-        return Adapter(leaves, layer, gates, partial(pooled_delta, scale=self.scale, mix=self.mix(), rate=rate))
+        return Adapter(leaves, layer, gates, partial(pooled_delta, scale=self.scale, mix=self.mix(), rate=rate), resting=FROZEN)
 
     def projector_adapter(self, params: PyTree, gates: PyTree) -> Adapter | None:
         """Adapter of the mm_projector, where the method `adapts_projector`; its gates are then made before there are image features."""

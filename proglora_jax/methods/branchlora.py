@@ -210,7 +210,7 @@ class BranchLoRA(Method):
         layers = jax.tree.leaves(leaves)[0].shape[0]
         layer = {"dropout_key": jax.random.split(key, layers)} if rate else {}
         delta, observe = partial(branch_delta, method=self, rate=rate), partial(observe_branches, method=self)
-        return Adapter(leaves, layer, gates, delta, observe=observe)
+        return Adapter(leaves, layer, gates, delta, observe=observe, resting=("routers",), by_position=self.router_input == "token")
 
     def extra_loss(self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array, passes: Passes | None = None):
         """The keys' loss: mean over rows of 1 - cos for the text, and for the image where there is one."""
@@ -237,7 +237,7 @@ class BranchLoRA(Method):
     def cost(self, params: PyTree, info: TaskInfo, phase: Phase | None) -> Cost:
         """One trunk and one router read, all branches write; every row has a router of its task at test."""
         rank = self.rank // self.experts
-        return Cost(0, rank + self.experts, self.rank)
+        return Cost(0, rank + self.experts, self.rank, whole=phase is None or self.router_input != "token")
 
     def stored_parameters(self, state: CLState, info: TaskInfo) -> int:
         """Trunk and branches, the same ones for all tasks."""

@@ -103,7 +103,8 @@ class MoELoRA(Method):
         plain = super().adapter(params, gates, key)
         rate = self.dropout if key is not None else 0.0
         delta = partial(expert_delta, scale=self.scale, rate=rate, rank=self.rank // self.experts, router_input=self.router_input)
-        return dataclasses.replace(plain, delta=delta, observe=partial(observe_experts, router_input=self.router_input))
+        observe = partial(observe_experts, router_input=self.router_input)
+        return dataclasses.replace(plain, delta=delta, observe=observe, by_position=self.router_input == "token")
 
     def shown_gates(self, gates: PyTree, contexts: PyTree) -> jax.Array:
         """f32[B, E] mean gate of each expert over a prompt's positions, linears and layers."""
@@ -113,7 +114,7 @@ class MoELoRA(Method):
     def cost(self, params: PyTree, info: TaskInfo, phase: Phase | None) -> Cost:
         """The routers read what the experts read."""
         plain = super().cost(params, info, phase)
-        return dataclasses.replace(plain, down=plain.down + self.experts)
+        return dataclasses.replace(plain, down=plain.down + self.experts, whole=phase is None or self.router_input != "token")
 
     def blocks(self, state: CLState) -> int:
         """The experts."""

@@ -15,7 +15,7 @@ from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
 from proglora_jax.data import replay
 from proglora_jax.data.errors import UserError
-from proglora_jax.methods.base import PROJECTOR, Cost, GateInputs, Method, Passes, Phase, Probe, TaskInfo, pooled_delta, require
+from proglora_jax.methods.base import FROZEN, PROJECTOR, Cost, GateInputs, Method, Passes, Phase, Probe, TaskInfo, pooled_delta, require
 from proglora_jax.methods.rank_compression import compress
 from proglora_jax.methods.rank_routing import of_ranks
 
@@ -173,7 +173,7 @@ class PCLR(Method):
         """Learning, and integration where the pool is compressed."""
         narrow = self.new_ranks(info.index) < self.top_ranks
         learn = Phase("learn", "learn_narrow" if narrow else "learn")
-        again = Phase("integrate", "integrate", cross_entropy=False, epochs=self.integrate_epochs,
+        again = Phase("integrate", "integrate", cross_entropy=False, states=True, epochs=self.integrate_epochs,
                       batch_size=self.integrate_batch_size, learning_rate=self.integrate_learning_rate)
         return (learn, again) if self.integrate and self.turns(info.total)[info.index].every else (learn,)
 
@@ -270,7 +270,7 @@ class PCLR(Method):
         layer = {name: gate[:-1] for name, gate in own.items()}
         if rate:
             layer["dropout_key"] = jax.random.split(key, own["new"].shape[0] - 1)
-        return Adapter(leaves, layer, {}, partial(pooled_delta, scale=1.0, mix="delta", rate=rate))
+        return Adapter(leaves, layer, {}, partial(pooled_delta, scale=1.0, mix="delta", rate=rate), resting=FROZEN)
 
     def projector_adapter(self, params: PyTree, gates: PyTree) -> Adapter:
         """The adapter of the mm_projector, by the last of the pools."""
@@ -321,7 +321,7 @@ class PCLR(Method):
         """Learning runs new and shared ranks (and old ones to fill up), integration the pool twice, and at test it runs alone."""
         new, pool, shared = (lowrank.ranks_of(params[name]) for name in ("block", "pool", "shared"))
         if phase is None or phase.kind == "integrate":
-            taught = {"teacher": pool + shared, "words": "all"} if phase else {}
+            taught = {"teacher": pool + shared, "words": "all", "whole": True} if phase else {}
             return Cost(0, pool + shared, pool + shared, **taught)
         return Cost(shared + (pool if phase.kind == "learn_narrow" else 0), new, new)
 

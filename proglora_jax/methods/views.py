@@ -82,6 +82,7 @@ class Phase:
         name: of the phase, unlike the others of its stage; names its progress on disk.
         kind: which program it runs; phases of one kind share a compile over the whole sequence.
         cross_entropy: whether the answers' cross-entropy is part of the loss; without it `extra_loss` is all.
+        states: whether `extra_loss` reads the hidden states of all positions; else the last layer computes those that predict a label.
         features: name of what `Method.probe` returns; the phase then trains on these values of the rows by `feature_loss`, and the
             language model is not run again.
         rows: most rows of the task that a phase on features uses, chosen by seed.
@@ -93,6 +94,7 @@ class Phase:
     name: str = "train"
     kind: str = "train"
     cross_entropy: bool = True
+    states: bool = False
     features: str = ""
     rows: int = 0
     epochs: int = 0
@@ -101,7 +103,7 @@ class Phase:
 
     def program(self) -> Phase:
         """What of a phase its compiled step depends on."""
-        return Phase(kind=self.kind, cross_entropy=self.cross_entropy, features=self.features)
+        return Phase(kind=self.kind, cross_entropy=self.cross_entropy, states=self.states, features=self.features)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,7 @@ class Cost:
         teacher: ranks of one more forward pass without gradient; 0 where there is none.
         words: whose scores the two passes are compared by: "labels" (the supervised positions, all held), "all" (every position, piece
             by piece, computed again for the gradient) or "" where hidden states are compared, or nothing is.
+        whole: whether the last layer runs at all positions, see `Phase.states` and `Adapter.by_position`; else where a word is predicted.
     """
 
     frozen: int = 0
@@ -122,6 +125,7 @@ class Cost:
     up: int = 0
     teacher: int = 0
     words: str = ""
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +151,12 @@ class Pass:
     """What one forward pass gave.
 
     Attributes:
-        states: [B, T, D] hidden states of all positions after the final norm.
+        states: [B, T, D] hidden states of all positions after the final norm; None unless the phase asks for `states`.
         hidden: [B, K, D] those that predict a label.
         logits: f32[B, K, V] their scores.
     """
 
-    states: jax.Array
+    states: jax.Array | None
     hidden: jax.Array
     logits: jax.Array
 

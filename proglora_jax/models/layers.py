@@ -159,6 +159,11 @@ def rope_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def gather_positions(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[B, T, D] at index i32[B, K] -> [B, K, D]."""
+    return jnp.take_along_axis(x, index[..., None], axis=1)
+
+
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Applies the rotary position embedding to x[B, T, N, H], in float32."""
     full = x.astype(jnp.float32)
@@ -175,6 +180,7 @@ def attention(
     implementation: str = "xla",
     causal: bool = False,
     key_lengths: jax.Array | None = None,
+    until: jax.Array | None = None,
 ) -> jax.Array:
     """Scaled dot product attention; grouped where there are fewer key-value heads than query heads.
 
@@ -185,10 +191,12 @@ def attention(
         implementation: "xla" or "cudnn".
         causal: query t sees keys 0..t only.
         key_lengths: i32[B], keys from this index on are hidden; None shows all.
+        until: i32[B, T], the last key that each query sees; None shows all.
 
     Returns:
         [B, T, N, H] in query's dtype.
     """
+    mask = None if until is None else (jnp.arange(key.shape[1]) <= until[..., None])[:, None]  # [B, 1, T, S]
     return jax.nn.dot_product_attention(
-        query, key, value, is_causal=causal, key_value_seq_lengths=key_lengths, implementation=implementation
+        query, key, value, mask=mask, is_causal=causal, key_value_seq_lengths=key_lengths, implementation=implementation
     )

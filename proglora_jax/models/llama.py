@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import stack
 from proglora_jax.core.types import Adapter
-from proglora_jax.models.layers import Linear, Make, RMSNorm, Settings, activation, attention, rope_tables, rotate
+from proglora_jax.models.layers import Linear, Make, RMSNorm, Settings, activation, attention, gather_positions, rope_tables, rotate
 from proglora_jax.models.presets import LlamaConfig
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -40,7 +40,7 @@ class Output:
     """What the decoder returns.
 
     Attributes:
-        hidden: [B, T, D] hidden states after the final norm.
+        hidden: [B, T, D] hidden states after the final norm, or [B, K, D] at the positions asked for.
         cache: keys and values, after prefill and decoding; None in training.
         contexts: pytree of arrays [L, ...], what `adapter.layer_gate` decided at prefill; None in training.
     """
@@ -67,25 +67,33 @@ class LlamaLayer(nnx.Module):
         self.down_proj = Linear(make, inner, width)
         self.head_dim = config.head_dim
 
-    def __call__(self, h: jax.Array, linear: Callable, rotation: tuple[jax.Array, jax.Array], attend: Callable):
+    def __call__(
+        self, h: jax.Array, linear: Callable, rotation: tuple[jax.Array, jax.Array], attend: Callable, positions: jax.Array | None = None
+    ):
         """Maps the residual stream through the layer.
 
         Args:
             h: [B, T, D].
             linear: (name, x) -> the linear of that name with its adapter.
-            rotation: (cos, sin) for these positions, each f32[B, T, 1, H].
-            attend: (query, key, value) -> (mixed[B, T, N, H], what the caller wants to keep of key and value).
+            rotation: (cos, sin) for these positions, each f32[B or 1, T, 1, H].
+            attend: (query, key, value) -> (mixed[B, K, N, H], what the caller wants to keep of key and value).
+            positions: i32[B, K], where the layer's result is wanted; nothing but keys and values is computed elsewhere. None: everywhere.
 
         Returns:
-            (h[B, T, D], what `attend` kept).
+            (h[B, K, D], what `attend` kept); K is T without `positions`.
         """
         heads = (*h.shape[:2], -1, self.head_dim)
         x = self.input_layernorm(h)
-        query = checkpoint_name(rotate(linear("q_proj", x).reshape(heads), *rotation), "query")
+        turned, asked = rotation, x
+        if positions is not None:
+            h, asked = gather_positions(h, positions), gather_positions(x, positions)
+            turned = tuple(jnp.take(table[0], positions, axis=0) for table in rotation)  # the same for all rows of whole sequences
+        query = linear("q_proj", asked).reshape(*asked.shape[:2], -1, self.head_dim)
+        query = checkpoint_name(rotate(query, *turned), "query")
         key = checkpoint_name(rotate(linear("k_proj", x).reshape(heads), *rotation), "key")
         value = checkpoint_name(linear("v_proj", x).reshape(heads), "value")
-        mixed, kept = attend(query, key, value)  # [B, T, N, H]
-        mixed = checkpoint_name(mixed.reshape(*h.shape[:2], -1), "attention")
+        mixed, kept = attend(query, key, value)  # [B, K, N, H]
+        mixed = checkpoint_name(mixed.reshape(*mixed.shape[:2], -1), "attention")
         h = checkpoint_name(h + linear("o_proj", mixed), "residual")
         x = self.post_attention_layernorm(h)
         gate = checkpoint_name(linear("gate_proj", x), "gate")
@@ -118,31 +126,44 @@ class Llama(nnx.Module):
         return jnp.einsum(equation, hidden, weights.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def full(
-        self, x: jax.Array, *, length: jax.Array | None, adapter: Adapter | None, remat: str, cache_size: int, settings: Settings
+        self, x: jax.Array, *, length: jax.Array | None, adapter: Adapter | None, remat: str, cache_size: int, settings: Settings,
+        positions: jax.Array | None = None,
     ) -> Output:
         """Runs whole sequences: a training step, or prefill when `cache_size` is not 0; arguments as in `Llava.decode`."""
-        rotation = rope_tables(jnp.arange(x.shape[1])[None], self.config.head_dim, self.config.rope_theta)
-        attend = _attend_full(length, cache_size, settings)
-        leaves, layer_leaves = _scanned(adapter)
+        text, rotation = self.config, rope_tables(jnp.arange(x.shape[1])[None], self.config.head_dim, self.config.rope_theta)
+        layers, cuts = text.num_hidden_layers, positions is not None and _by_position(adapter, cache_size)
+        fixed, trained = _scanned(adapter)
+        cache = None
+        if cache_size:
+            store = jnp.zeros((layers, x.shape[0], cache_size, text.num_key_value_heads, text.head_dim), x.dtype)
+            cache = Cache(store, store)
 
-        def body(h: jax.Array, scanned: tuple):
-            layer, own, once = scanned
+        def body(carry: tuple, scanned: tuple, only: jax.Array | None = None):
+            (h, cache), ((layer, resting), (own, once, index)) = carry, scanned
             layer, h = meshes.gather_weights(layer, "language/layers", stacked=True), meshes.split_rows(h)
             context = _context(adapter, once, h)
             seen: dict[str, Any] = {}
-            h, kept = layer(h, _adapted(layer, adapter, own, context, seen if cache_size else None), rotation, attend)
-            return h, (kept, {**context, "linears": seen} if seen else context) if cache_size else None
+            linear = _adapted(layer, adapter, _joined(resting, own), context, seen if cache_size else None)
+            h, cache = layer(h, linear, rotation, _attend_full(length, cache, index, only, settings), only)
+            return (h, cache), ({**context, "linears": seen} if seen else context) if cache_size else None
 
-        h, kept = stack.scan(body, x, (self.layers, leaves, layer_leaves), policy=remat, unroll=settings.unroll)
-        if not cache_size:
-            return Output(self.norm(h))
-        (key, value), contexts = kept
-        return Output(self.norm(h), Cache(key, value), contexts)
+        # The cache is carried, not scanned: so the last layer can write into it as the others do.
+        stacks, trained = (self.layers, fixed), (*trained, jnp.arange(layers))
+        carry, contexts = stack.scan(
+            body, (x, cache), stacks, trained=trained, policy=remat, unroll=settings.unroll, count=layers - 1 if cuts else None)
+        if cuts:  # its backward pass comes right after it, there is nothing to gain from computing it again
+            last = jax.tree.map(lambda leaf: leaf[-1], (stacks, trained))
+            carry, context = body(carry, last, positions)
+            contexts = jax.tree.map(lambda rest, one: jnp.concatenate([rest, one[None]]), contexts, context)
+        h, cache = carry
+        if positions is not None and not cuts:
+            h = gather_positions(h, positions)
+        return Output(self.norm(h), cache, contexts)
 
     def hidden_after(self, x: jax.Array, count: int, settings: Settings) -> jax.Array:
         """The residual stream after the first `count` layers without an adapter, [B, T, D], from embeddings x[B, T, D]."""
         rotation = rope_tables(jnp.arange(x.shape[1])[None], self.config.head_dim, self.config.rope_theta)
-        attend = _attend_full(None, 0, settings)
+        attend = _attend_full(None, None, None, None, settings)
 
         def body(h: jax.Array, layer: LlamaLayer):
             layer, h = meshes.gather_weights(layer, "language/layers", stacked=True), meshes.split_rows(h)
@@ -155,26 +176,41 @@ class Llama(nnx.Module):
     ) -> Output:
         """Runs one new position per row; arguments as in `Llava.decode`."""
         rotation = rope_tables(position[:, None], self.config.head_dim, self.config.rope_theta)
-        leaves, layer_leaves = _scanned(adapter)
-        decided = contexts is not None
+        (fixed, (leaves, layer_leaves)), decided = _scanned(adapter), contexts is not None
         indices = jnp.arange(self.config.num_hidden_layers)
 
         # The kernels stay split along fsdp: to move one position a row is cheaper than to move the weights for every token.
         def body(carry: tuple, scanned: tuple):
             h, cache = meshes.split_width(carry[0]), carry[1]
-            layer, own, once, index = scanned
+            layer, resting, own, once, index = scanned
             context = once if decided else _context(adapter, once, h)
-            h, cache = layer(h, _split(_adapted(layer, adapter, own, context)), rotation, _attend_step(cache, index, position))
+            linear = _split(_adapted(layer, adapter, _joined(resting, own), context))
+            h, cache = layer(h, linear, rotation, _attend_step(cache, index, position))
             return (h, cache), None
 
         # The cache is carried, not scanned: so it is updated in place and never held twice.
-        layers = (self.layers, leaves, contexts if decided else layer_leaves, indices)
+        layers = (self.layers, fixed, leaves, contexts if decided else layer_leaves, indices)
         (h, cache), _ = stack.scan(body, (x, cache), layers)
         return Output(self.norm(h), cache, contexts)
 
 
-def _scanned(adapter: Adapter | None) -> tuple[Any, Any]:
-    return ({}, {}) if adapter is None else (adapter.leaves, adapter.layer)
+def _scanned(adapter: Adapter | None) -> tuple[Any, tuple[Any, Any]]:
+    """What of an adapter goes along with the layers: (leaves that rest, (the other leaves, leaves that a layer uses once))."""
+    if adapter is None:
+        return {}, ({}, {})
+    part = lambda rest: {name: {key: leaf for key, leaf in leaves.items() if (key in adapter.resting) == rest}
+                         for name, leaves in adapter.leaves.items()}
+    return part(True), (part(False), adapter.layer)
+
+
+def _joined(resting: Any, own: Any) -> Any:
+    """A layer's leaves of each linear, those that rest and the others."""
+    return {name: {**leaves, **resting[name]} for name, leaves in own.items()}
+
+
+def _by_position(adapter: Adapter | None, cache_size: int) -> bool:
+    """Whether a linear may be given some positions alone: its delta does not depend on the others, and nobody observes them."""
+    return adapter is None or (adapter.by_position and not (cache_size and adapter.observe is not None))
 
 
 def _context(adapter: Adapter | None, layer_leaves: Any, h: jax.Array) -> Any:
@@ -209,11 +245,18 @@ def _split(linear: Callable) -> Callable:
     return split
 
 
-def _attend_full(length: jax.Array | None, cache_size: int, settings: Settings) -> Callable:
+def _attend_full(
+    length: jax.Array | None, cache: Cache | None, index: jax.Array | None, positions: jax.Array | None, settings: Settings
+) -> Callable:
     def attend(query: jax.Array, key: jax.Array, value: jax.Array):
-        mixed = attention(query, key, value, implementation=settings.attention, causal=True, key_lengths=length)
-        pad = ((0, 0), (0, cache_size - key.shape[1]), (0, 0), (0, 0))
-        return mixed, (jnp.pad(key, pad), jnp.pad(value, pad)) if cache_size else None
+        if positions is None:
+            mixed = attention(query, key, value, implementation=settings.attention, causal=True, key_lengths=length)
+        else:  # few queries of many positions, each of which sees the keys up to its own
+            mixed = attention(query, key, value, key_lengths=length, until=positions)
+        if cache is None:
+            return mixed, None
+        store = lambda stored, new: jax.lax.dynamic_update_slice(stored, new[None].astype(stored.dtype), (index, 0, 0, 0, 0))
+        return mixed, Cache(store(cache.key, key), store(cache.value, value))
 
     return attend
 

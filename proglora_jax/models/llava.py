@@ -164,6 +164,7 @@ class Llava(nnx.Module):
         position: jax.Array | None = None,
         contexts: Any = None,
         cache_size: int = 0,
+        positions: jax.Array | None = None,
     ) -> Output:
         """Runs the decoder: a training step, prefill (`cache_size` > 0) or one step of generation (`cache` and `position`).
 
@@ -177,9 +178,11 @@ class Llava(nnx.Module):
             position: i32[B], the index where the row's new token goes; keys after it are hidden.
             contexts: the `contexts` that prefill returned: `adapter.layer_gate` is not asked again.
             cache_size: number of positions S in the cache that prefill returns, at least T.
+            positions: i32[B, K], where hidden states are wanted, in training and prefill: the last layer then computes nothing but keys
+                and values for the others (exact), unless the adapter needs more than that (`by_position`, `observe`). None: all.
 
         Returns:
-            Output(hidden[B, T, D] after the final norm, cache, contexts).
+            Output(hidden[B, T, D], or [B, K, D], after the final norm, cache, contexts).
 
         Raises:
             ValueError: "cache_size=<n> is smaller than the <T> positions to store"
@@ -189,7 +192,8 @@ class Llava(nnx.Module):
             return self.language.step(x, cache=cache, position=position, adapter=adapter, contexts=contexts, settings=self.settings)
         if cache_size and cache_size < x.shape[1]:
             raise ValueError(f"cache_size={cache_size} is smaller than the {x.shape[1]} positions to store")
-        return self.language.full(x, length=length, adapter=adapter, remat=remat, cache_size=cache_size, settings=self.settings)
+        return self.language.full(x, length=length, adapter=adapter, remat=remat, cache_size=cache_size,
+                                  settings=self.settings, positions=positions)
 
     def hidden_after(self, x: jax.Array, count: int) -> jax.Array:
         """The residual stream after the first `count` layers of the bare model, [B, T, D], from embeddings x[B, T, D].

@@ -44,8 +44,8 @@ def make_squared_gradients(method: Method, mesh: Mesh, names: tuple[str, ...], k
         params = trees.merge(params, asked)
         sight = look(llava, method, params, memory, rows, stage)
         adapter = method.adapter(params, sight.gates, None)
-        hidden = llava.decode(sight.inputs.embeddings, adapter=adapter, remat=policy_at(remat, rows)).hidden
-        logits = llava.logits(losses.gather_positions(hidden, rows["label_index"]))
+        x, index = sight.inputs.embeddings, rows["label_index"]
+        logits = llava.logits(llava.decode(x, positions=index, adapter=adapter, remat=policy_at(remat, rows)).hidden)
         nll = losses.token_nll(logits, rows["labels"], rows["label_mask"])
         return nll.sum() / jnp.maximum(rows["label_mask"].sum(), 1)
 

@@ -9,11 +9,6 @@ import jax.numpy as jnp
 from proglora_jax.data.errors import UserError
 
 
-def gather_positions(hidden: jax.Array, index: jax.Array) -> jax.Array:
-    """hidden[B, T, D] at index i32[B, K] -> [B, K, D]."""
-    return jnp.take_along_axis(hidden, index[..., None], axis=1)
-
-
 def token_nll(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
     """Negative log-likelihood of each label, zero where masked.
 

@@ -133,7 +133,8 @@ def activation_bytes(settings: Settings, llava: Llava, cost: Cost, load: Load) -
         "none": width * (attended + mlp + inputs) + 4 * (4 * hidden + 2 * inner + scores) + low_rank,
     }
     tokens = load.rows * load.positions
-    kept = tokens * text.num_hidden_layers * (width * hidden + saved[policy])
+    # Of a last layer that is cut to the labels' positions little is kept, and that only until its own backward pass comes.
+    kept = tokens * (text.num_hidden_layers * width * hidden + (text.num_hidden_layers - (not cost.whole)) * saved[policy])
     again = max(0, width * (attended + mlp) + low_rank - saved[policy])
     work = tokens * (3.5 * width * (inputs + outputs) + 1.6 * again + 2.2 * 4 * scores)
     # Scores that exist at once, those of a teacher too (counted in compiled steps: 2, 6 and 4; the first is rounded up).

@@ -21,9 +21,10 @@ class Work:
     """Floating-point operations of one row.
 
     Attributes:
-        model: what any implementation must do, the numerator of MFU: linears forward and backward through frozen weights (4 per
-            parameter and token), causal attention, the head at the positions whose words are scored, and a teacher's forward pass.
-        total: what this one does: also the vision tower, the projector, the adapter, and what the remat policy computes again.
+        model: what any implementation is credited with, the numerator of MFU: linears forward and backward through frozen weights (4
+            per parameter and token), causal attention, the head at the positions whose words are scored, and a teacher's forward pass.
+        total: what this one does: also the vision tower, the projector, the adapter, and what the remat policy computes again; less of
+            the last layer where only some positions of it are wanted.
     """
 
     model: float
@@ -42,29 +43,69 @@ def training_work(config: LlavaConfig, targets: Targets, positions: int, labels:
         cost: what the method adds.
     """
     text = config.text_config
-    linears = {name: d_in * d_out * text.num_hidden_layers for name, (d_in, d_out) in targets.linears.items()}
-    forward = 2 * sum(linears.values()) * positions
-    mixing = _attention(config, positions)
+    whole, ran = _Pass(config, targets, positions, positions), _Pass(config, targets, positions, positions if cost.whole else labels)
     head = 2 * (positions if cost.words == "all" else labels) * text.hidden_size * text.vocab_size
-    low_rank = _low_rank(config, targets, cost.frozen + cost.down, cost.frozen + cost.up) * positions
     projected = 2 * config.image_tokens * (config.vision_config.hidden_size * text.hidden_size + text.hidden_size**2)
-    taught = (forward + mixing + head * bool(cost.words)) * (cost.teacher > 0)
-    model = 2 * forward + 3 * mixing + 2 * head + taught
-    again = sum(2 * linears.get(name, 0) * positions for name in _AGAIN[remat])
-    again += mixing * ("attention" in _AGAIN[remat]) + low_rank * ("low_rank" in _AGAIN[remat])
-    again += 2 * head * (cost.words == "all")  # of both passes, since these scores never exist at once
-    adapter = 2 * low_rank + _low_rank(config, targets, cost.down, cost.up) * positions
+    taught = head * bool(cost.words)
+    model = 2 * whole.linears() + 3 * whole.attention() + 2 * head + (whole.linears() + whole.attention() + taught) * (cost.teacher > 0)
+    work = 2 * ran.linears() + 3 * ran.attention() + 2 * head + (ran.linears() + ran.attention() + taught) * (cost.teacher > 0)
+
+    low_rank = ran.low_rank(cost.frozen + cost.down, cost.frozen + cost.up)
+    work += 2 * low_rank + ran.low_rank(cost.down, cost.up)
     if cost.teacher:
-        adapter += _low_rank(config, targets, cost.teacher, cost.teacher) * positions + projected
+        work += ran.low_rank(cost.teacher, cost.teacher) + projected
+    names, kept = _AGAIN[remat], ran.scanned()  # the last layer's backward pass follows at once, there is nothing to compute again
+    work += sum(kept.linears(name) for name in names if name in targets.linears) + kept.attention() * ("attention" in names)
+    work += kept.low_rank(cost.frozen + cost.down, cost.frozen + cost.up) * ("low_rank" in names)
+    work += 2 * head * (cost.words == "all")  # of both passes, since these scores never exist at once
     projector = 2 * projected + 2 * config.image_tokens * text.hidden_size**2  # no gradient goes into the vision tower
-    return Work(model, model + again + adapter + vision_work(config) + projector)
+    return Work(model, work + vision_work(config) + projector)
 
 
 def prefill_work(config: LlavaConfig, targets: Targets, positions: int, cost: Cost) -> float:
     """Operations of reading one prompt, its image included; new tokens are bound by memory and not counted."""
-    per_token = 2 * sum(d_in * d_out for d_in, d_out in targets.linears.values()) * config.text_config.num_hidden_layers
-    per_token += _low_rank(config, targets, cost.frozen + cost.down, cost.frozen + cost.up)
-    return per_token * positions + _attention(config, positions) + vision_work(config)
+    ran = _Pass(config, targets, positions, positions if cost.whole else 1)
+    return ran.linears() + ran.attention() + ran.low_rank(cost.frozen + cost.down, cost.frozen + cost.up) + vision_work(config)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """One forward pass of a row: T positions, of which the last layer's results are wanted at K."""
+
+    config: LlavaConfig
+    targets: Targets
+    positions: int
+    wanted: int
+    layers: int | None = None
+
+    def scanned(self) -> _Pass:
+        """The layers that run in the loop: all, or all but the last where that one is cut."""
+        layers = self.config.text_config.num_hidden_layers
+        return dataclasses.replace(self, layers=layers if self.wanted == self.positions else layers - 1)
+
+    def tokens(self, name: str) -> int:
+        """How many rows of input a linear reads over the layers."""
+        layers = self.config.text_config.num_hidden_layers
+        if self.layers is not None:
+            return self.layers * self.positions
+        return (layers - 1) * self.positions + (self.positions if name in ("k_proj", "v_proj") else self.wanted)
+
+    def linears(self, *names: str) -> float:
+        """The frozen linears, all by default."""
+        sizes = self.targets.linears
+        return sum(2 * d_in * d_out * self.tokens(name) for name, (d_in, d_out) in sizes.items() if name in (names or sizes))
+
+    def low_rank(self, down: int, up: int) -> float:
+        """Factors of so many columns and rows at every linear."""
+        return sum(2 * (d_in * down + d_out * up) * self.tokens(name) for name, (d_in, d_out) in self.targets.linears.items())
+
+    def attention(self) -> float:
+        """The two products, of which causal attention needs half; a cut layer's few queries are masked."""
+        text = self.config.text_config
+        layer = 2 * self.positions**2 * text.num_attention_heads * text.head_dim
+        if self.layers is not None or self.wanted == self.positions:
+            return layer * (self.layers or text.num_hidden_layers)
+        return layer * (text.num_hidden_layers - 1) + 4 * self.wanted * self.positions * text.num_attention_heads * text.head_dim
 
 
 def vision_work(config: LlavaConfig) -> float:
@@ -73,17 +114,6 @@ def vision_work(config: LlavaConfig) -> float:
     tokens = vision.num_patches + 1
     linears = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
     return config.vision_layers_run * (2 * linears * tokens + 4 * tokens**2 * vision.hidden_size)
-
-
-def _low_rank(config: LlavaConfig, targets: Targets, down: int, up: int) -> float:
-    """One pass of a token through factors of so many columns and rows, in all layers."""
-    return 2 * sum(d_in * down + d_out * up for d_in, d_out in targets.linears.values()) * config.text_config.num_hidden_layers
-
-
-def _attention(config: LlavaConfig, positions: int) -> float:
-    """Causal attention of all layers, forward: half of the two products."""
-    text = config.text_config
-    return 2 * positions**2 * text.num_attention_heads * text.head_dim * text.num_hidden_layers
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ from proglora_jax.data.batch import INSTRUCTION
 from proglora_jax.evaluation.generate import generate
 from proglora_jax.methods.base import PROJECTOR, GateInputs, Method, Phase
 from proglora_jax.methods.views import Pass, Passes
+from proglora_jax.models.layers import gather_positions
 from proglora_jax.training import losses, optim
 from proglora_jax.training.processes import FAILED, FLAG
 from proglora_jax.training.settings import TrainSettings
@@ -102,13 +103,14 @@ def batch_losses(
     stage, seen = control["stage"], {"phase": phase.kind, "running": control.get("running", {})}
     sight = look(llava, method, params, memory, batch, stage, progress=control["progress"], training=True, draw=control.get("draw"), **seen)
     inputs, gates = sight.inputs, sight.gates
-    student = _label_pass(llava, method, remat, params, gates, inputs.embeddings, batch, trees.fold_in_name(control["key"], "dropout"))
+    student = _label_pass(
+        llava, method, remat, params, gates, inputs.embeddings, batch, trees.fold_in_name(control["key"], "dropout"), phase)
     nll = losses.token_nll(student.logits, batch["labels"], batch["label_mask"])
     ce = (nll.sum(axis=1) * scale).sum()
 
     def again(params: PyTree, gates: PyTree | None = None, key: jax.Array | None = None) -> Pass:
         other = _see(llava, method, params, memory, sight.features, batch, stage, gates, {"image": inputs.image, "phase": phase.kind})
-        return _label_pass(llava, method, remat, params, other.gates, other.inputs.embeddings, batch, key)
+        return _label_pass(llava, method, remat, params, other.gates, other.inputs.embeddings, batch, key, phase)
 
     passes = Passes(student, batch["labels"], batch["label_mask"], scale / share, llava.logits, again)
     extra, logged = method.extra_loss(params, memory, inputs, trees.fold_in_name(control["key"], "extra"), passes)
@@ -119,10 +121,14 @@ def batch_losses(
     return (ce + share * extra, {"ce": ce} | logged) if phase.cross_entropy else (share * extra, logged)
 
 
-def _label_pass(llava: Any, method: Method, remat: Remat, params: PyTree, gates: PyTree, x: jax.Array, batch: Batch, key: Any) -> Pass:
+def _label_pass(llava, method, remat, params, gates, x, batch, key, phase) -> Pass:
     """The backbone with the method's adapter on embeddings x[B, T, D]; scores at the label positions."""
-    states = llava.decode(x, adapter=method.adapter(params, gates, key), remat=policy_at(remat, batch)).hidden
-    hidden = losses.gather_positions(states, batch["label_index"])  # [B, K, D]
+    options = dict(adapter=method.adapter(params, gates, key), remat=policy_at(remat, batch))
+    if not phase.states:
+        hidden = llava.decode(x, positions=batch["label_index"], **options).hidden  # [B, K, D]
+        return Pass(None, hidden, llava.logits(hidden))
+    states = llava.decode(x, **options).hidden
+    hidden = gather_positions(states, batch["label_index"])
     return Pass(states, hidden, llava.logits(hidden))
 
 

@@ -20,6 +20,7 @@ from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState
 from proglora_jax.methods.base import ADAPTER, GATE, PROJECTOR, Method
+from proglora_jax.models.layers import gather_positions
 from proglora_jax.training import loop, losses
 
 STEPS = 30
@@ -195,7 +196,7 @@ def check_fold_equals_the_method(name: str) -> None:
 def plain_logits(llava, params, batch, adapter):
     """Scores under an adapter that needs no method."""
     hidden = llava.decode(tiny_llava.embed_batch(llava, params, batch), adapter=adapter).hidden
-    return llava.logits(losses.gather_positions(hidden, batch["label_index"]))
+    return llava.logits(gather_positions(hidden, batch["label_index"]))
 
 
 def check_answers_need_the_task_id_only_where_declared(name: str) -> None:

@@ -13,12 +13,13 @@ import torch
 from proglora_jax.checkpoints.hf_import import load_llava
 from proglora_jax.data.batch import ANSWER
 from proglora_jax.data.errors import UserError
+from proglora_jax.models.layers import gather_positions
 from proglora_jax.training import losses
 
 
 def test_gather_takes_the_hidden_states_before_the_labels(rng):
     hidden, index = rng.standard_normal((2, 5, 3)).astype(np.float32), np.array([[4, 0, 0], [2, 1, 3]])
-    np.testing.assert_array_equal(losses.gather_positions(hidden, index), np.stack([hidden[0, [4, 0, 0]], hidden[1, [2, 1, 3]]]))
+    np.testing.assert_array_equal(gather_positions(hidden, index), np.stack([hidden[0, [4, 0, 0]], hidden[1, [2, 1, 3]]]))
 
 
 def test_token_nll_is_torchs_and_masks_exactly(rng):
@@ -58,7 +59,7 @@ def test_loss_at_label_slots_is_transformers_shifted_loss(pair, rng):
     def loss(llava, batch):
         x = llava.embed(batch["tokens"], llava.project(llava.encode_image(batch["image"])))
         hidden = llava.decode(x).hidden
-        nll = losses.token_nll(llava.logits(losses.gather_positions(hidden, batch["label_index"])), batch["labels"], batch["label_mask"])
+        nll = losses.token_nll(llava.logits(gather_positions(hidden, batch["label_index"])), batch["labels"], batch["label_mask"])
         return nll.sum(1), (nll.sum(1) * losses.row_scales(batch["label_mask"], batch["weight"], "global_token_mean", 1)).sum()
 
     rowwise, value = loss(ours, batch)

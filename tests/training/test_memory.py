@@ -147,16 +147,16 @@ def test_the_estimate_of_a_row_is_what_the_compiler_plans():
     [("llava15_7b", 704, 18.64, 20.3), ("llava15_7b", 640, None, 18.4), ("llava15_7b", 1024, None, 29.5), ("llava15_13b", 704, None, 38.7)],
 )
 def test_work_agrees_with_the_roofline_of_the_design(preset, positions, model, milliseconds):
-    """Milliseconds at 989 TFLOP/s, rank 16 and eight blocks, nothing recomputed."""
+    """Milliseconds at 989 TFLOP/s, rank 16 and eight blocks, nothing recomputed, the last layer at all positions."""
     llava = backbone(preset)
-    work = roofline.training_work(llava.config, llava.targets(), positions, 64, "qkvo_mlp", BLOCKS)
+    work = roofline.training_work(llava.config, llava.targets(), positions, 64, "qkvo_mlp", dataclasses.replace(BLOCKS, whole=True))
     assert work.total / 989e12 * 1e3 == pytest.approx(milliseconds, rel=0.02)
     assert model is None or work.model / 1e12 == pytest.approx(model, rel=0.005)
 
 
 def test_recomputing_costs_what_it_recomputes():
     llava = backbone("llava15_7b")
-    work = lambda remat: roofline.training_work(llava.config, llava.targets(), 704, 64, remat, BLOCKS)
+    work = lambda remat: roofline.training_work(llava.config, llava.targets(), 704, 64, remat, dataclasses.replace(BLOCKS, whole=True))
     # the design's 29.6 ms has down_proj computed again, which no gradient asks for
     spared = 2 * 4096 * 11008 * 32 * 704 / 989e12 * 1e3
     assert work("full").total / 989e12 * 1e3 == pytest.approx(29.6 - spared, rel=0.02)
@@ -167,4 +167,14 @@ def test_recomputing_costs_what_it_recomputes():
 def test_work_of_prompt_and_picture():
     llava = backbone("llava15_7b")
     assert roofline.vision_work(llava.config) / 1e9 == pytest.approx(366, rel=0.03)
-    assert roofline.prefill_work(llava.config, llava.targets(), 640, Cost()) / 1e12 == pytest.approx(8.79, rel=0.02)
+    assert roofline.prefill_work(llava.config, llava.targets(), 640, Cost(whole=True)) / 1e12 == pytest.approx(8.79, rel=0.02)
+
+
+def test_a_last_layer_cut_to_the_wanted_positions_spares_its_share():
+    """Of seven linears the two that make keys and values stay whole."""
+    llava = backbone("llava15_7b")
+    layer = 2 * (2 * 4096**2 + 3 * 4096 * 11008)
+    cut, whole = (roofline.prefill_work(llava.config, llava.targets(), 640, Cost(whole=whole)) for whole in (False, True))
+    assert whole - cut == pytest.approx(639 * layer + 2 * 640 * (640 - 2) * 4096)
+    cut, whole = (roofline.training_work(llava.config, llava.targets(), 704, 64, "none", Cost(whole=whole)) for whole in (False, True))
+    assert cut.model == whole.model and 0.02 < 1 - cut.total / whole.total < 0.03

@@ -14,6 +14,8 @@ import tiny_llava
 
 from proglora_jax.core import mesh as meshes
 from proglora_jax.methods.lora import LoRA
+from proglora_jax.methods.views import Phase
+from proglora_jax.models.layers import gather_positions
 from proglora_jax.training import losses, loop
 from proglora_jax.core import tree as trees
 
@@ -34,13 +36,17 @@ class Watcher(LoRA):
         moved = lambda leaf: jnp.asarray(leaf + 0.2 * rng.standard_normal(np.shape(leaf)), jnp.float32)
         return dataclasses.replace(state, memory=jax.tree.map(moved, state.params))
 
+    def phases(self, info):
+        """One, in which the states of all positions are there."""
+        return (Phase(states=True),)
+
     def extra_loss(self, params, memory, inputs, key, passes=None):
         """Half of the cross-entropy again, and what both passes gave."""
         nll = losses.token_nll(passes.student.logits, passes.labels, passes.label_mask)
         gates = None if self.gate == 1.0 else self.gates(params, memory, inputs) | {"new": jnp.full((1, 1, self.rank), self.gate)}
         other = passes.again(memory, gates)
         theirs = losses.token_nll(passes.head(other.hidden), passes.labels, passes.label_mask)
-        at = losses.gather_positions(other.states, jnp.zeros_like(passes.labels))
+        at = gather_positions(other.states, jnp.zeros_like(passes.labels))
         logged = {"own": passes.token_mean(nll), "theirs": passes.token_mean(theirs), "first": jnp.abs(at).sum(), "dry": passes.token_mean(
             losses.token_nll(passes.again(params).logits, passes.labels, passes.label_mask))}
         return 0.5 * logged["own"], logged
@@ -54,7 +60,7 @@ def metrics_of(method: Watcher, **train) -> dict[str, float]:
     phase = loop.start_phase(trainable, run.train, run.mesh)
     frozen, memory = meshes.put_replicated((frozen, state.memory), run.mesh)
     rows = tiny_llava.batch(run.rows(0)[:8]) | {"weight": np.float32([1, 2, 1, 1, 0.5, 1, 1, 3])}
-    *_, metrics = run.step(False)(
+    *_, metrics = run.step(False, Phase(states=True))(
         phase.trainable, phase.optimizer, frozen, memory, run.llava, meshes.put_batch(rows, run.mesh), run.control(0, 0, 2))
     return {name: float(value) for name, value in metrics.items()} | {"run": run, "state": state, "rows": rows}
 
