@@ -50,7 +50,7 @@ class Stub:
             y = x @ projector[name]["kernel"].astype(x.dtype) + projector[name]["bias"].astype(x.dtype)
             if adapter is None:
                 return y
-            return y + adapter.delta(name, adapter.leaves[name], adapter.layer, adapter.gates, x).astype(y.dtype)
+            return y + adapter.delta((name,), adapter.leaves, adapter.layer, adapter.gates, x)[0].astype(y.dtype)
 
         return linear("linear_2", jax.nn.gelu(linear("linear_1", features)))
 
@@ -76,7 +76,7 @@ class Stub:
                 if cache_size and name in own and adapter.observe is not None:
                     seen[name] = adapter.observe(name, own[name], context, adapter.gates, x)
                 y = x @ layer[name].astype(x.dtype)
-                return y + adapter.delta(name, own[name], context, adapter.gates, x).astype(y.dtype) if name in own else y
+                return y + adapter.delta((name,), own, context, adapter.gates, x)[0].astype(y.dtype) if name in own else y
 
             h = h + (mean @ linear("q_proj", h).astype(jnp.float32)).astype(h.dtype)
             h = h + jnp.tanh(linear("up_proj", h)) @ layer["down"].astype(h.dtype)

@@ -14,7 +14,7 @@ import numpy as np
 
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
-from proglora_jax.core.types import Adapter
+from proglora_jax.core.types import Adapter, each_linear
 from proglora_jax.methods.proglora import ProgLoRADynamic
 from proglora_jax.models.llava import Llava, build
 from proglora_jax.models.presets import LlavaConfig
@@ -140,11 +140,12 @@ class LoopedProgLoRA(ProgLoRADynamic):
 
     def adapter(self, params, gates, key) -> Adapter | None:
         """The method's adapter with the loop in place of the fused primitive; without dropout."""
-        return dataclasses.replace(super().adapter(params, gates, None), delta=partial(looped_delta, scale=self.scale, rank=self.rank))
+        looped = each_linear(partial(looped_delta, scale=self.scale, rank=self.rank))
+        return dataclasses.replace(super().adapter(params, gates, None), delta=looped)
 
 
 def looped_delta(name, leaves, context, gates, x, *, scale: float, rank: int) -> jax.Array:
-    """`Adapter.delta`: sum over blocks of scale * gate * (x A) B in x's dtype; frozen blocks get no gradient."""
+    """Of one linear: sum over blocks of scale * gate * (x A) B in x's dtype; frozen blocks get no gradient."""
     del name, context
     total = 0.0
     for index in range(leaves["pool_a"].shape[-1] // rank):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from functools import partial
 
 import jax
@@ -57,35 +59,76 @@ def _outer(left: jax.Array, right: jax.Array) -> jax.Array:
     return jax.lax.dot_general(left, right, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def pooled_low_rank(x, pool_a, pool_b, pool_gate, a, b, gate, scale=1.0, mix="delta"):
-    """scale * ((x [A_pool, A]) * [g_pool, g]) [B_pool; B]: one fused matmul pair for the pool and the trainable block.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The factors and gates of one linear.
 
-    Args:
-        x: [B, T, d_in] in compute dtype.
+    Attributes:
         pool_a: f32[d_in, C*r] frozen factors, C slots of rank r side by side; an empty slot has gate 0.
         pool_b: f32[C*r, d_out] frozen factors.
         pool_gate: f32[B|1, T|1, C*r] gates of the frozen ranks.
         a: f32[d_in, r] trainable factor.
         b: f32[r, d_out] trainable factor.
         gate: f32[B|1, T|1, r] gates of the trainable ranks.
+    """
+
+    pool_a: jax.Array
+    pool_b: jax.Array
+    pool_gate: jax.Array
+    a: jax.Array
+    b: jax.Array
+    gate: jax.Array
+
+
+def pooled_low_rank(x, pool_a, pool_b, pool_gate, a, b, gate, scale=1.0, mix="delta"):
+    """`pooled_low_rank_group` of a single linear: x[B, T, d_in] -> [B, T, d_out]."""
+    return pooled_low_rank_group(x, (Pair(pool_a, pool_b, pool_gate, a, b, gate),), scale, mix)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def pooled_low_rank_group(x: jax.Array, pairs: tuple[Pair, ...], scale: float = 1.0, mix: str = "delta") -> tuple[jax.Array, ...]:
+    """scale * ((x [A_pool, A]) * [g_pool, g]) [B_pool; B] for linears that read the same x.
+
+    Pool and trainable block are one fused matmul pair, and the first factors of all linears are one matmul, so that x is read once.
+
+    Args:
+        x: [B, T, d_in] in compute dtype.
+        pairs: one for each linear.
         scale: alpha / r.
         mix: see `mix_ranks`.
 
     Returns:
-        [B, T, d_out] in x's dtype. Gradients exist for x, both gates, a and b; the pool's are never formed
-        (its cotangent is zero), so that 8 matmuls serve a linear's forward and backward together with its frozen kernel.
+        [B, T, d_out] of each linear in x's dtype. Gradients exist for x, the gates, a and b; the pool's are never formed (its
+        cotangent is zero), so that 8 matmuls serve a linear's forward and backward together with its frozen kernel, and two of
+        these, into and out of the first factors, are shared by the group.
 
     Source: ProgLoRA (Findings of ACL 2025), Eqs. 3 and 7, fused along rank.
     """
-    return _forward(x, pool_a, pool_b, pool_gate, a, b, gate, scale, mix)[0]
+    return _forward(x, pairs, scale, mix)[0]
 
 
-def _forward(x, pool_a, pool_b, pool_gate, a, b, gate, scale, mix):
-    u = checkpoint_name(_project(x, jnp.concatenate([pool_a, a], axis=-1)), "low_rank")  # [B, T, R]
-    h = mix_ranks(u, _join_gates(pool_gate, gate), mix, a.shape[-1])
-    y = _project(h.astype(x.dtype), jnp.concatenate([pool_b, b], axis=0)) * scale  # [B, T, d_out]
-    return y.astype(x.dtype), (x, u, pool_a, pool_b, pool_gate, a, b, gate)
+def _forward(x, pairs, scale, mix):
+    # Frozen columns first: the trainable ones lie side by side, as they do without a pool.
+    u = checkpoint_name(_project(x, _side_by_side(pairs)), "low_rank")  # [B, T, sum R]
+    outputs = []
+    for pair, own in zip(pairs, _cut(u, pairs), strict=True):
+        h = mix_ranks(own, _join_gates(pair.pool_gate, pair.gate), mix, pair.a.shape[-1])
+        y = _project(h.astype(x.dtype), jnp.concatenate([pair.pool_b, pair.b], axis=0)) * scale  # [B, T, d_out]
+        outputs.append(y.astype(x.dtype))
+    return tuple(outputs), (x, u, pairs)
+
+
+def _side_by_side(pairs: tuple[Pair, ...]) -> jax.Array:
+    """[d_in, sum R]: the pools of all linears, then their trainable factors."""
+    return jnp.concatenate([pair.pool_a for pair in pairs] + [pair.a for pair in pairs], axis=-1)
+
+
+def _cut(u: jax.Array, pairs: tuple[Pair, ...]) -> list[jax.Array]:
+    """[B, T, R] of each linear, its pool first, from what `_side_by_side` gave."""
+    widths = [pair.pool_a.shape[-1] for pair in pairs] + [pair.a.shape[-1] for pair in pairs]
+    parts = jnp.split(u, list(itertools.accumulate(widths))[:-1], axis=-1)
+    return [jnp.concatenate(both, axis=-1) for both in zip(parts[: len(pairs)], parts[len(pairs) :], strict=True)]
 
 
 def _join_gates(pool_gate: jax.Array, gate: jax.Array) -> jax.Array:
@@ -95,21 +138,29 @@ def _join_gates(pool_gate: jax.Array, gate: jax.Array) -> jax.Array:
     return jnp.concatenate(wide, axis=-1)  # [B|1, T|1, R]
 
 
-def _backward(scale, mix, residuals, dy):
-    x, u, pool_a, pool_b, pool_gate, a, b, gate = residuals
-    rank = a.shape[-1]
-    h, pull = jax.vjp(lambda u, g, new: mix_ranks(u, _join_gates(g, new), mix, rank), u, pool_gate, gate)
-    dy = (dy * scale).astype(x.dtype)
-    dh = _project_back(dy, jnp.concatenate([pool_b, b], axis=0))  # [B, T, R]
-    du, dpool_gate, dgate = pull(dh)
-    du = du.astype(x.dtype)
-    dx = _project_back(du, jnp.concatenate([pool_a, a], axis=-1)).astype(x.dtype)  # [B, T, d_in]
-    da = _outer(x, du[..., -rank:]).astype(a.dtype)
-    db = _outer(h[..., -rank:].astype(x.dtype), dy).astype(b.dtype)
-    return dx, None, None, dpool_gate, da, db, dgate
+def _backward(scale, mix, residuals, cotangents):
+    x, u, pairs = residuals
+    found, frozen, trained = [], [], []
+    for pair, own, dy in zip(pairs, _cut(u, pairs), cotangents, strict=True):
+        rank = pair.a.shape[-1]
+        mixed = lambda u, pool_gate, gate, rank=rank: mix_ranks(u, _join_gates(pool_gate, gate), mix, rank)
+        h, pull = jax.vjp(mixed, own, pair.pool_gate, pair.gate)
+        dy = (dy * scale).astype(x.dtype)
+        dh = _project_back(dy, jnp.concatenate([pair.pool_b, pair.b], axis=0))  # [B, T, R]
+        du, dpool_gate, dgate = pull(dh)
+        du = du.astype(x.dtype)
+        frozen.append(du[..., :-rank])
+        trained.append(du[..., -rank:])
+        found.append((dpool_gate, _outer(h[..., -rank:].astype(x.dtype), dy).astype(pair.b.dtype), dgate))
+    dx = _project_back(jnp.concatenate(frozen + trained, axis=-1), _side_by_side(pairs)).astype(x.dtype)  # [B, T, d_in]
+    da = _outer(x, jnp.concatenate(trained, axis=-1))
+    ends = itertools.accumulate(pair.a.shape[-1] for pair in pairs)
+    return dx, tuple(
+        Pair(None, None, dpool_gate, da[:, end - pair.a.shape[-1] : end].astype(pair.a.dtype), db, dgate)
+        for pair, end, (dpool_gate, db, dgate) in zip(pairs, ends, found, strict=True))
 
 
-pooled_low_rank.defvjp(_forward, _backward)
+pooled_low_rank_group.defvjp(_forward, _backward)
 
 
 def repeat_gates(weights: jax.Array, rank: int) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -41,7 +42,8 @@ class Adapter:
         leaves: {linear name: {leaf: array[L, ...]}}, scanned together with the backbone's layers.
         layer: {leaf: array[L, ...]}, leaves that a layer uses once (dropout keys, routers of a layer); may be empty.
         gates: pytree that every layer sees whole (gates of shape [B, M], the stage's index).
-        delta: (name, leaves, layer_context, gates, x[B, T, d_in]) -> delta[B, T, d_out], added to the linear's output.
+        delta: (names, {name: leaves}, layer_context, gates, x[B, T, d_in]) -> [B, T, d_out] of each, added to the outputs of the
+            linears of these names, which all read x; see `each_linear` for one that looks at one linear at a time.
         layer_gate: (layer_leaves, gates, h[B, T, D]) -> layer_context, computed once per layer from the residual
             stream before the layer; None passes `layer_leaves` through as the context.
         observe: (name, leaves, layer_context, gates, x) -> pytree, asked at each linear while a prompt is read; what it returns
@@ -58,6 +60,15 @@ class Adapter:
     observe: Callable | None = dataclasses.field(default=None, metadata=dict(static=True))
     resting: tuple[str, ...] = dataclasses.field(default=(), metadata=dict(static=True))
     by_position: bool = dataclasses.field(default=True, metadata=dict(static=True))
+
+
+def each_linear(function: Callable) -> Callable:
+    """An `Adapter.delta` from a function of one linear, (name, leaves, layer_context, gates, x) -> delta[B, T, d_out]."""
+    return partial(_one_by_one, function)
+
+
+def _one_by_one(function: Callable, names: tuple[str, ...], leaves: PyTree, context: PyTree, gates: PyTree, x: jax.Array) -> tuple:
+    return tuple(function(name, leaves[name], context, gates, x) for name in names)
 
 
 @jax.tree_util.register_dataclass

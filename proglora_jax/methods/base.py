@@ -23,19 +23,28 @@ FROZEN = ("pool_a", "pool_b")
 """Leaves of an adapter with the blocks of earlier tasks."""
 __all__ = [
     "ADAPTER", "GATE", "PROJECTOR", "Adapter", "Cost", "GateInputs", "Method", "Passes", "Phase", "Probe", "Replay", "TaskInfo",
-    "check_contract", "pooled_delta", "require", "require_choice",
+    "check_contract", "dropped", "pooled_delta", "require", "require_choice",
 ]
 
 
-def pooled_delta(name, leaves, context, gates, x, *, scale: float, mix: str, rate: float):
-    """`Adapter.delta` of every method with a pool: dropout on the adapter's input, then the fused pair."""
-    if rate and context:
-        key = trees.fold_in_name(context["dropout_key"], name)
-        x = lowrank.dropout(key, x, rate)
+def pooled_delta(names, leaves, context, gates, x, *, scale: float, mix: str, rate: float):
+    """`Adapter.delta` of every method with a pool: dropout on the adapter's input, then the fused pairs."""
+    x = dropped(names, context, x, rate)
     gates = context if "pool" in context else gates  # a layer that gates itself
-    pool_a = leaves.get("pool_a", jnp.zeros((x.shape[-1], 0), jnp.float32))
-    pool_b = leaves.get("pool_b", jnp.zeros((0, leaves["b"].shape[-1]), jnp.float32))
-    return lowrank.pooled_low_rank(x, pool_a, pool_b, gates["pool"], leaves["a"], leaves["b"], gates["new"], scale, mix)
+
+    def pair(own: PyTree) -> lowrank.Pair:
+        pool_a = own.get("pool_a", jnp.zeros((x.shape[-1], 0), jnp.float32))
+        pool_b = own.get("pool_b", jnp.zeros((0, own["b"].shape[-1]), jnp.float32))
+        return lowrank.Pair(pool_a, pool_b, gates["pool"], own["a"], own["b"], gates["new"])
+
+    return lowrank.pooled_low_rank_group(x, tuple(pair(leaves[name]) for name in names), scale, mix)
+
+
+def dropped(names: tuple[str, ...], context: PyTree, x: jax.Array, rate: float) -> jax.Array:
+    """An adapter's input with dropout, if the layer's context has a key for it: one mask for all linears that read x."""
+    if not (rate and context):
+        return x
+    return lowrank.dropout(trees.fold_in_name(context["dropout_key"], names[0]), x, rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Method:
     Attributes:
         rank: ranks of one block, r.
         alpha: the delta is scaled by alpha / rank.
-        dropout: rate on the adapter's input while training.
+        dropout: rate on the adapter's input while training; linears that read the same input share its mask (PEFT draws one for each).
         a_init: "normal001", "kaiming" or "fan_in", see `lowrank.draw_factor`.
         train_mm_projector: whether the mm_projector trains and is carried from stage to stage.
         gate_unit: what a recorded gate belongs to, in figures.

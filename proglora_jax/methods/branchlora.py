@@ -17,7 +17,7 @@ from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
 from proglora_jax.data import replay
 from proglora_jax.methods.base import (
-    ADAPTER, GATE, PROJECTOR, Cost, GateInputs, Method, Passes, Phase, Probe, TaskInfo, require, require_choice,
+    ADAPTER, GATE, PROJECTOR, Cost, GateInputs, Method, Passes, Phase, Probe, TaskInfo, dropped, require, require_choice,
 )
 from proglora_jax.methods.routing import LinearRouting
 
@@ -38,12 +38,13 @@ def branch_gates(leaves: PyTree, context: PyTree, gates: PyTree, name: str, x: j
     return experts.top_k_gates(logits, method.topk, method.renorm)
 
 
-def branch_delta(name, leaves, context, gates, x, *, method: BranchLoRA, rate: float):
-    """`Adapter.delta`: the router reads x as it is, the trunk with dropout."""
-    weights = branch_gates(leaves, context, gates, name, x, method)
-    if rate and context:
-        x = lowrank.dropout(trees.fold_in_name(context["dropout_key"], name), x, rate)
-    return experts.shared_trunk(x, leaves["a"], leaves["b"], weights, method.scale)
+def branch_delta(names, leaves, context, gates, x, *, method: BranchLoRA, rate: float):
+    """`Adapter.delta`: the routers read x as it is, the trunks with dropout."""
+    weights = [branch_gates(leaves[name], context, gates, name, x, method) for name in names]
+    read = dropped(names, context, x, rate)
+    return tuple(
+        experts.shared_trunk(read, leaves[name]["a"], leaves[name]["b"], own, method.scale)
+        for name, own in zip(names, weights, strict=True))
 
 
 def observe_branches(name, leaves, context, gates, x, *, method: BranchLoRA):

@@ -14,7 +14,7 @@ from proglora_jax.adapters import experts, lowrank
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
-from proglora_jax.methods.base import Cost, GateInputs, Method, Phase, TaskInfo, require, require_choice
+from proglora_jax.methods.base import Cost, GateInputs, Method, Phase, TaskInfo, dropped, require, require_choice
 from proglora_jax.methods.routing import LinearRouting
 
 
@@ -26,14 +26,15 @@ def expert_gates(leaves: PyTree, context: PyTree, gates: PyTree, name: str, x: j
     return jax.nn.softmax(experts.router_logits(experts.pick_positions(x, gates["prompt"], router_input), leaves["router"]), axis=-1)
 
 
-def expert_delta(name, leaves, context, gates, x, *, scale: float, rate: float, rank: int, router_input: str):
-    """`Adapter.delta`: the router reads x as it is, the experts with dropout; one fused pair over all of them."""
-    weights = expert_gates(leaves, context, gates, name, x, router_input)
-    if rate and context:
-        x = lowrank.dropout(trees.fold_in_name(context["dropout_key"], name), x, rate)
-    a, b, ranks = leaves["a"], leaves["b"], jnp.repeat(weights, rank, axis=-1)  # [B, T, E*r]
-    nothing = a[:, :0], b[:0], jnp.zeros((1, 1, 0), jnp.float32)
-    return lowrank.pooled_low_rank(x, *nothing, a, b, ranks, scale, "delta")
+def expert_delta(names, leaves, context, gates, x, *, scale: float, rate: float, rank: int, router_input: str):
+    """`Adapter.delta`: the routers read x as it is, the experts with dropout; one fused pair over all of a linear's."""
+
+    def pair(name: str) -> lowrank.Pair:
+        weights = expert_gates(leaves[name], context, gates, name, x, router_input)
+        a, b, ranks = leaves[name]["a"], leaves[name]["b"], jnp.repeat(weights, rank, axis=-1)  # [B, T, E*r]
+        return lowrank.Pair(a[:, :0], b[:0], jnp.zeros((1, 1, 0), jnp.float32), a, b, ranks)
+
+    return lowrank.pooled_low_rank_group(dropped(names, context, x, rate), tuple(pair(name) for name in names), scale, "delta")
 
 
 def observe_experts(name, leaves, context, gates, x, *, router_input: str):

@@ -110,7 +110,8 @@ def _layer_gate(leaves: PyTree, gates: PyTree, h: jax.Array, *, bottom: float) -
     return {name: leaf for name, leaf in leaves.items() if name != "upper"} | own
 
 
-def _delta(name: str, leaves: PyTree, context: PyTree, gates: PyTree, x: jax.Array, *, inner) -> jax.Array:
-    """The pair with the frozen factors of the layer's own row."""
-    frozen = stack.take(gates["frozen"][name], context["row"])
-    return inner(name, leaves | {"pool_a": frozen["a"], "pool_b": frozen["b"]}, context, gates, x)
+def _delta(names: tuple[str, ...], leaves: PyTree, context: PyTree, gates: PyTree, x: jax.Array, *, inner) -> tuple[jax.Array, ...]:
+    """The pairs with the frozen factors of the layer's own row."""
+    frozen = {name: stack.take(gates["frozen"][name], context["row"]) for name in names}
+    whole = {name: leaves[name] | {"pool_a": frozen[name]["a"], "pool_b": frozen[name]["b"]} for name in names}
+    return inner(names, whole, context, gates, x)

@@ -68,13 +68,13 @@ class LlamaLayer(nnx.Module):
         self.head_dim = config.head_dim
 
     def __call__(
-        self, h: jax.Array, linear: Callable, rotation: tuple[jax.Array, jax.Array], attend: Callable, positions: jax.Array | None = None
+        self, h: jax.Array, linears: Callable, rotation: tuple[jax.Array, jax.Array], attend: Callable, positions: jax.Array | None = None
     ):
         """Maps the residual stream through the layer.
 
         Args:
             h: [B, T, D].
-            linear: (name, x) -> the linear of that name with its adapter.
+            linears: (x, *names) -> outputs of the linears of these names with their adapters, a tuple.
             rotation: (cos, sin) for these positions, each f32[B or 1, T, 1, H].
             attend: (query, key, value) -> (mixed[B, K, N, H], what the caller wants to keep of key and value).
             positions: i32[B, K], where the layer's result is wanted; nothing but keys and values is computed elsewhere. None: everywhere.
@@ -84,21 +84,21 @@ class LlamaLayer(nnx.Module):
         """
         heads = (*h.shape[:2], -1, self.head_dim)
         x = self.input_layernorm(h)
-        turned, asked = rotation, x
-        if positions is not None:
-            h, asked = gather_positions(h, positions), gather_positions(x, positions)
+        if positions is None:
+            turned, (query, key, value) = rotation, linears(x, "q_proj", "k_proj", "v_proj")
+        else:
             turned = tuple(jnp.take(table[0], positions, axis=0) for table in rotation)  # the same for all rows of whole sequences
-        query = linear("q_proj", asked).reshape(*asked.shape[:2], -1, self.head_dim)
-        query = checkpoint_name(rotate(query, *turned), "query")
-        key = checkpoint_name(rotate(linear("k_proj", x).reshape(heads), *rotation), "key")
-        value = checkpoint_name(linear("v_proj", x).reshape(heads), "value")
+            h, (query,) = gather_positions(h, positions), linears(gather_positions(x, positions), "q_proj")
+            key, value = linears(x, "k_proj", "v_proj")
+        query = checkpoint_name(rotate(query.reshape(*h.shape[:2], -1, self.head_dim), *turned), "query")
+        key = checkpoint_name(rotate(key.reshape(heads), *rotation), "key")
+        value = checkpoint_name(value.reshape(heads), "value")
         mixed, kept = attend(query, key, value)  # [B, K, N, H]
         mixed = checkpoint_name(mixed.reshape(*mixed.shape[:2], -1), "attention")
-        h = checkpoint_name(h + linear("o_proj", mixed), "residual")
-        x = self.post_attention_layernorm(h)
-        gate = checkpoint_name(linear("gate_proj", x), "gate")
-        up = checkpoint_name(linear("up_proj", x), "up")
-        return h + linear("down_proj", activation("silu")(gate) * up), kept
+        h = checkpoint_name(h + linears(mixed, "o_proj")[0], "residual")
+        gate, up = linears(self.post_attention_layernorm(h), "gate_proj", "up_proj")
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        return h + linears(activation("silu")(gate) * up, "down_proj")[0], kept
 
 
 class Llama(nnx.Module):
@@ -143,8 +143,8 @@ class Llama(nnx.Module):
             layer, h = meshes.gather_weights(layer, "language/layers", stacked=True), meshes.split_rows(h)
             context = _context(adapter, once, h)
             seen: dict[str, Any] = {}
-            linear = _adapted(layer, adapter, _joined(resting, own), context, seen if cache_size else None)
-            h, cache = layer(h, linear, rotation, _attend_full(length, cache, index, only, settings), only)
+            linears = _adapted(layer, adapter, _joined(resting, own), context, seen if cache_size else None)
+            h, cache = layer(h, linears, rotation, _attend_full(length, cache, index, only, settings), only)
             return (h, cache), ({**context, "linears": seen} if seen else context) if cache_size else None
 
         # The cache is carried, not scanned: so the last layer can write into it as the others do.
@@ -184,8 +184,8 @@ class Llama(nnx.Module):
             h, cache = meshes.split_width(carry[0]), carry[1]
             layer, resting, own, once, index = scanned
             context = once if decided else _context(adapter, once, h)
-            linear = _split(_adapted(layer, adapter, _joined(resting, own), context))
-            h, cache = layer(h, linear, rotation, _attend_step(cache, index, position))
+            linears = _split(_adapted(layer, adapter, _joined(resting, own), context))
+            h, cache = layer(h, linears, rotation, _attend_step(cache, index, position))
             return (h, cache), None
 
         # The cache is carried, not scanned: so it is updated in place and never held twice.
@@ -221,26 +221,28 @@ def _context(adapter: Adapter | None, layer_leaves: Any, h: jax.Array) -> Any:
 
 
 def _adapted(layer: LlamaLayer, adapter: Adapter | None, leaves: Any, context: Any, seen: dict[str, Any] | None = None) -> Callable:
-    """The layer's linears by name, each with its adapter's delta added in the output's dtype; `seen` takes what the adapter observes."""
+    """Linears that read the same x, each with its adapter's delta added in x's dtype; `seen` takes what the adapter observes."""
 
-    def linear(name: str, x: jax.Array) -> jax.Array:
-        y = getattr(layer, name)(x)
-        if name not in leaves:
-            return y
-        if seen is not None and adapter.observe is not None:
-            seen[name] = adapter.observe(name, leaves[name], context, adapter.gates, x)
-        return y + adapter.delta(name, leaves[name], context, adapter.gates, x).astype(y.dtype)
+    def linears(x: jax.Array, *names: str) -> tuple[jax.Array, ...]:
+        outputs = {name: getattr(layer, name)(x) for name in names}
+        adapted = tuple(name for name in names if name in leaves)
+        if seen is not None and adapter is not None and adapter.observe is not None:
+            seen.update({name: adapter.observe(name, leaves[name], context, adapter.gates, x) for name in adapted})
+        if adapted:
+            deltas = adapter.delta(adapted, {name: leaves[name] for name in adapted}, context, adapter.gates, x)
+            outputs |= {name: outputs[name] + delta.astype(x.dtype) for name, delta in zip(adapted, deltas, strict=True)}
+        return tuple(outputs[name] for name in names)
 
-    return linear
+    return linears
 
 
-def _split(linear: Callable) -> Callable:
+def _split(linears: Callable) -> Callable:
     """Linears whose kernels stay split along fsdp: by their inputs in front of attention and MLP, by their outputs behind."""
 
-    def split(name: str, x: jax.Array) -> jax.Array:
-        if name in ("o_proj", "down_proj"):
-            return meshes.split_width(linear(name, meshes.share_rows(x)))
-        return meshes.share_rows(linear(name, meshes.split_width(x)))
+    def split(x: jax.Array, *names: str) -> tuple[jax.Array, ...]:
+        if names[0] in ("o_proj", "down_proj"):
+            return tuple(map(meshes.split_width, linears(meshes.share_rows(x), *names)))
+        return tuple(map(meshes.share_rows, linears(meshes.split_width(x), *names)))
 
     return split
 

@@ -120,7 +120,8 @@ class Llava(nnx.Module):
             y = dense(x, parts[name]["kernel"], parts[name].get("bias"))
             if adapter is None or name not in adapter.leaves:
                 return y
-            return y + adapter.delta(name, adapter.leaves[name], adapter.layer, adapter.gates, x).astype(y.dtype)
+            delta = adapter.delta((name,), {name: adapter.leaves[name]}, adapter.layer, adapter.gates, x)[0]
+            return y + delta.astype(y.dtype)
 
         x = linear("linear_1", features.astype(self.settings.dtype))
         return linear("linear_2", activation(self.config.projector_hidden_act)(x))

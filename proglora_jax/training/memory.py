@@ -122,7 +122,7 @@ def activation_bytes(settings: Settings, llava: Llava, cost: Cost, load: Load) -
     heads, narrow = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
     attended, mlp = 2 * heads + 2 * narrow, hidden + 2 * inner
     low_rank = 4 * ranks * len(llava.targets().linears)
-    inputs = 5 * hidden + heads + inner  # of the seven linears: each draws a dropout mask of its own
+    inputs = 2 * hidden + heads + inner  # of the seven linears: one dropout mask for those that read the same
     scores = 0 if settings.model.attention == "cudnn" else text.num_attention_heads * load.positions
     outputs = heads + 2 * narrow + mlp
     saved = {  # bytes per token and layer, the residual stream between layers aside

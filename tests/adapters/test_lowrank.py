@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +96,40 @@ def test_gradients_are_those_of_the_loop(rng, gate, pool_gate, mix):
     for name, one, two in zip(("x", "pool_gate", "a", "b", "gate"), actual, expected):
         assert one.shape == two.shape and one.dtype == two.dtype
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5 * np.abs(two).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("mix", ["delta", "factor"])
+@pytest.mark.parametrize("gates", ["shared", "own", "token"])
+def test_a_group_is_its_linears_one_by_one(rng, mix, gates):
+    """Linears of unlike ranks, widths and pools (one has none) that read the same x; values and gradients."""
+    sizes = [dict(slots=2, rank=2, d_out=7), dict(slots=0, rank=3, d_out=4), dict(slots=4, rank=1, d_out=9)]
+    cases = [case(rng, gate="token" if gates == "token" else "sample", **size) for size in sizes]
+    x = cases[0][0]
+    pairs = tuple(lowrank.Pair(*rest) for _, *rest in cases)
+    if gates == "shared":  # one array gates two linears, so its gradient is the sum
+        pairs = (*pairs, dataclasses.replace(pairs[0], pool_a=pairs[0].pool_a[:, ::-1], a=2 * pairs[0].a))
+    weights = [rng.standard_normal((3, 4, pair.b.shape[1])).astype(np.float32) for pair in pairs]
+    loss = lambda x, outputs: sum((y * weight).sum() for y, weight in zip(outputs, weights, strict=True))
+
+    def together(x, pairs):
+        outputs = lowrank.pooled_low_rank_group(x, pairs, 0.6, mix)
+        return loss(x, outputs), outputs
+
+    def apart(x, pairs):
+        outputs = tuple(
+            reference(x, pair.pool_a, pair.pool_b, pair.pool_gate, pair.a, pair.b, pair.gate, 0.6, mix) for pair in pairs)
+        return loss(x, outputs), outputs
+
+    (own, outputs), (expected, values) = (jax.jit(jax.grad(one, (0, 1), has_aux=True))(x, pairs) for one in (together, apart))
+    for actual, value in zip(outputs, values, strict=True):
+        np.testing.assert_allclose(actual, value, rtol=1e-5, atol=1e-5 * np.abs(value).max())
+    np.testing.assert_allclose(own[0], expected[0], rtol=1e-5, atol=1e-5 * np.abs(expected[0]).max())
+    for pair, wanted in zip(own[1], expected[1], strict=True):
+        assert not np.any(pair.pool_a) and not np.any(pair.pool_b)
+        for name in ("pool_gate", "a", "b", "gate"):
+            one, two = getattr(pair, name), getattr(wanted, name)
+            assert one.shape == two.shape
+            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5 * np.abs(two).max(initial=1e-9), err_msg=name)
 
 
 def test_the_pool_gets_no_gradient(rng):

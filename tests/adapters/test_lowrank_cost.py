@@ -6,6 +6,7 @@ depends on how the backend fuses, and would count the body of a loop over layers
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import hlo_dots
@@ -56,6 +57,24 @@ def test_forward_takes_three_matmuls(slots, mix):
     flops = hlo_dots.dots(hlo_dots.compiled_text(functools.partial(linear, mix=mix), *arguments.values()))
     ranks = (slots + 1) * RANK
     assert sorted(flops) == sorted([2 * TOKENS * D_IN * D_OUT, 2 * TOKENS * D_IN * ranks, 2 * TOKENS * ranks * D_OUT])
+
+
+def test_linears_that_read_the_same_input_share_what_touches_it():
+    """Of three linears: one matmul down, one back and one of the gradient of A instead of three each, and the same work."""
+    arguments, widths = shapes(7), (448, 192, 64)
+    one = {name: arguments[name] for name in ("pool_a", "pool_gate", "a", "gate")}
+    up = lambda rank, width: jax.ShapeDtypeStruct((rank, width), jnp.float32)
+    pairs = tuple(lowrank.Pair(**one, pool_b=up(7 * RANK, width), b=up(RANK, width)) for width in widths)
+
+    def loss(x, trained, pairs):
+        whole = tuple(dataclasses.replace(pair, a=a, b=b) for pair, (a, b) in zip(pairs, trained, strict=True))
+        return sum(jnp.square(y).sum() for y in lowrank.pooled_low_rank_group(x, whole, 2.0, "delta"))
+
+    trained = tuple((pair.a, pair.b) for pair in pairs)
+    flops = hlo_dots.dots(hlo_dots.compiled_text(jax.value_and_grad(loss, (0, 1)), arguments["x"], trained, pairs))
+    assert len(flops) == (1 + 3) + (3 + 1 + 1 + 3)
+    down, every = 3 * D_IN, 3 * D_IN + sum(widths)
+    assert sum(flops) == 2 * TOKENS * (2 * 8 * RANK * every + RANK * (down + sum(widths)))
 
 
 @pytest.mark.parametrize("mix", ["delta", "factor"])
@@ -113,14 +132,15 @@ def decoder_text(name: str | None, unroll: int, backward: bool = False) -> str:
 
 
 @pytest.mark.parametrize("name", ["lora", "proglora_dynamic"])
-def test_a_scanned_layer_takes_two_matmuls_more_per_linear(name):
+def test_a_scanned_layer_takes_one_matmul_more_per_input_and_one_per_linear(name):
     counts = []
     for which in (None, name):
         text = decoder_text(which, 1)
         (body,) = hlo_dots.loop_bodies(text)
         counts.append(len(hlo_dots.dots(text, hlo_dots.reachable(text, body))))
     attention = 2  # scores and mix
-    assert counts == [7 + attention, 3 * 7 + attention]
+    inputs = 4  # q, k and v read the same, and so do gate and up
+    assert counts == [7 + attention, 7 + inputs + 7 + attention]
 
 
 def test_an_unrolled_decoder_costs_what_its_shapes_say():
@@ -132,5 +152,6 @@ def test_an_unrolled_decoder_costs_what_its_shapes_say():
     layer = 2 * tokens * (2 * size(targets.linears) + 2 * ranks * widths + free * widths) + 6 * attention
     # Nothing trains before the first layer, so q, k and v need not pass a gradient on there, through neither kernel nor pair.
     first = 2 * tokens * (size(("q_proj", "k_proj", "v_proj")) + 3 * ranks * 32)
-    assert len(flops) == 2 * (7 * 8 + 6) - 6
+    inputs = 4  # one read by q, k and v, one by gate and up: for each a matmul down, one back, and one of the gradient of A
+    assert len(flops) == 2 * (7 * (8 - 3) + 3 * inputs + 6) - 4
     assert sum(flops) == 2 * layer - first

@@ -12,7 +12,7 @@ import tiny_hf
 import torch
 
 from proglora_jax.checkpoints.hf_import import load_llava
-from proglora_jax.core.types import Adapter
+from proglora_jax.core.types import Adapter, each_linear
 from proglora_jax.evaluation.generate import generate
 
 NEW = 8
@@ -124,7 +124,7 @@ def test_gates_are_asked_once_and_travel_with_the_cache(models):
 
     def make_adapter(x, batch):
         asked.append(x.shape)
-        return Adapter(leaves, {}, 0.2 * jnp.tanh(x[:, :3].sum(axis=(1, 2)))[:, None, None], delta)
+        return Adapter(leaves, {}, 0.2 * jnp.tanh(x[:, :3].sum(axis=(1, 2)))[:, None, None], each_linear(delta))
 
     # Also without the entries that may be left out: valid and vocab_limit.
     bare_batch = {name: batch[name] for name in ("tokens", "length", "image")}

@@ -18,7 +18,7 @@ import tiny_llava
 
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
-from proglora_jax.core.types import Adapter, CLState
+from proglora_jax.core.types import Adapter, CLState, each_linear
 from proglora_jax.methods.base import ADAPTER, GATE, PROJECTOR, Method
 from proglora_jax.models.layers import gather_positions
 from proglora_jax.training import loop, losses
@@ -188,7 +188,7 @@ def check_fold_equals_the_method(name: str) -> None:
         batch = tiny_llava.batch(run.rows(task)[:8])
         expected = run.answer(state, batch)["logits"]
         delta = lambda name, leaf, context, gates, x: (x @ leaf["a"]) @ leaf["b"]
-        adapter = Adapter({key: dict(leaf) for key, leaf in folded.items()}, {}, {}, delta) if folded else None
+        adapter = Adapter({key: dict(leaf) for key, leaf in folded.items()}, {}, {}, each_linear(delta)) if folded else None
         np.testing.assert_allclose(plain_logits(run.llava, state.params, batch, adapter), expected, rtol=1e-4, atol=1e-4)
 
 

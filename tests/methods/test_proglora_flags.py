@@ -233,7 +233,7 @@ def test_fused_factors_have_cross_terms(third, rng):
         gates = method.gates(state.params, state.memory, world.inputs(batch, 2))
         adapter = method.adapter(state.params, gates, None)
         leaves = {key: leaf[0] for key, leaf in adapter.leaves["q_proj"].items()}
-        outputs[fuse] = adapter.delta("q_proj", leaves, {}, adapter.gates, x)
+        outputs[fuse] = adapter.delta(("q_proj",), {"q_proj": leaves}, {}, adapter.gates, x)[0]
         weights = np.asarray(gates["blocks"])
         pool, new = state.params["pool"]["q_proj"], state.params["block"]["q_proj"]
         a = [np.asarray(pool["a"])[0][:, :2], np.asarray(pool["a"])[0][:, 2:4], np.asarray(new["a"])[0]]
@@ -245,23 +245,26 @@ def test_fused_factors_have_cross_terms(third, rng):
     assert np.abs(outputs["delta"] - outputs["factor"]).max() > 0.1
 
 
-def test_dropout_draws_a_mask_for_each_linear_layer_and_step(rng):
-    """While training only; one mask for all blocks of a linear."""
+def test_dropout_draws_a_mask_for_each_input_layer_and_step(rng):
+    """While training only; one mask for all blocks of a linear, and for all linears that read the same input."""
     method, x = LoRA(rank=2, dropout=0.5), jnp.asarray(rng.standard_normal((2, 3, world.WIDTH)), jnp.float32)
     params = world.train(method, world.start(method), 0).params
     gates = method.gates(params, {}, None)
 
-    def output(key, layer, name):
+    def output(key, layer, *names):
         adapter = method.adapter(params, gates, key)
         own = {leaf: value[0] for leaf, value in params["block"]["q_proj"].items()}
         once = {leaf: value[layer] for leaf, value in adapter.layer.items()}
-        return np.asarray(adapter.delta(name, own, once, gates, x))
+        outputs = adapter.delta(names, dict.fromkeys(names, own), once, gates, x)
+        for other in outputs[1:]:
+            np.testing.assert_allclose(other, outputs[0], rtol=1e-5, atol=1e-5)
+        return np.asarray(outputs[0])
 
     keys = jax.random.split(jax.random.key(0))
     seen = [output(keys[0], 0, "q_proj"), output(keys[0], 1, "q_proj"), output(keys[0], 0, "k_proj"), output(keys[1], 0, "q_proj")]
     for index, one in enumerate(seen):
         assert all(not np.allclose(one, other) for other in seen[:index])
-    np.testing.assert_array_equal(seen[0], output(keys[0], 0, "q_proj"))
+    np.testing.assert_allclose(seen[0], output(keys[0], 0, "q_proj", "k_proj", "v_proj"), rtol=1e-5, atol=1e-5)
     a, b = (np.asarray(params["block"]["q_proj"][leaf])[0] for leaf in "ab")
     np.testing.assert_allclose(output(None, 0, "q_proj"), method.scale * x @ a @ b, rtol=1e-4, atol=1e-4)
 

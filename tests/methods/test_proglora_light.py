@@ -72,7 +72,7 @@ def test_bottom_layers_do_not_see_gates_and_upper_ones_do():
         once = jax.tree.map(lambda leaf: leaf[layer], adapter.layer)  # noqa: B023
         context = adapter.layer_gate(once, adapter.gates, x)
         own = {name: leaf[layer] for name, leaf in adapter.leaves["q_proj"].items()}
-        outputs.append(np.asarray(adapter.delta("q_proj", own, context, adapter.gates, x)))
+        outputs.append(np.asarray(adapter.delta(("q_proj",), {"q_proj": own}, context, adapter.gates, x)[0]))
     shared = state.params["shared"]["q_proj"]
     np.testing.assert_allclose(outputs[0], 2 * np.asarray(x) @ shared["a"][0] @ shared["b"][0], rtol=1e-4, atol=1e-5)
     weights, expected = np.asarray(gates["blocks"]), 0.0

@@ -24,7 +24,7 @@ def delta(method, state, batch, x, *, training=False):
     gates = method.gates(state.params, state.memory, world.inputs(batch, int(state.stage), training=training))
     adapter = method.adapter(state.params, gates, None)
     leaves = {key: leaf[0] for key, leaf in adapter.leaves["q_proj"].items()}
-    return np.asarray(adapter.delta("q_proj", leaves, {}, adapter.gates, jnp.asarray(x)))
+    return np.asarray(adapter.delta(("q_proj",), {"q_proj": leaves}, {}, adapter.gates, jnp.asarray(x))[0])
 
 
 def blocks(state, method):
@@ -83,7 +83,7 @@ def test_replayed_rows_run_through_the_block_that_the_flag_says(rng, block, old)
         adapter = method.adapter(params, gates, None)
         x = jnp.ones((2, 3, world.WIDTH))
         leaves = {key: leaf[0] for key, leaf in adapter.leaves["q_proj"].items()}
-        return adapter.delta("q_proj", leaves, {}, adapter.gates, x)[1].sum()  # the replayed row alone
+        return adapter.delta(("q_proj",), {"q_proj": leaves}, {}, adapter.gates, x)[0][1].sum()  # the replayed row alone
 
     gradient = jax.grad(loss)(state.params["block"])
     assert np.any(gradient["q_proj"]["b"]) == (block == "current")

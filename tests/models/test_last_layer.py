@@ -11,7 +11,7 @@ import pytest
 
 from proglora_jax.adapters.lowrank import pooled_low_rank
 from proglora_jax.core import stack
-from proglora_jax.core.types import Adapter
+from proglora_jax.core.types import Adapter, each_linear
 from proglora_jax.models.layers import Settings
 from proglora_jax.models.llava import random_llava
 from proglora_jax.models.presets import ClipConfig, LlamaConfig, LlavaConfig
@@ -43,7 +43,7 @@ def adapter_of(llava, seed=0, **fields) -> Adapter:
     draw = lambda *shape: jnp.asarray(0.2 * rng.standard_normal((targets.layers, *shape)), jnp.float32)
     leaves = {name: {"a": draw(d_in, RANK), "b": draw(RANK, d_out), "pool_a": draw(d_in, POOL), "pool_b": draw(POOL, d_out)}
               for name, (d_in, d_out) in targets.linears.items()}
-    return dataclasses.replace(Adapter(leaves, {}, jnp.float32([0.5, 1.5]), pooled, resting=("pool_a", "pool_b")), **fields)
+    return dataclasses.replace(Adapter(leaves, {}, jnp.float32([0.5, 1.5]), each_linear(pooled), resting=("pool_a", "pool_b")), **fields)
 
 
 def gather(hidden):
@@ -105,7 +105,7 @@ def test_prefill_fills_the_cache_and_contexts_of_all_layers(rng):
 
 def test_an_adapter_that_reads_all_positions_gets_them(rng):
     llava, x = model(), inputs(rng)
-    adapter = adapter_of(llava, delta=mean_pooled, by_position=False)
+    adapter = adapter_of(llava, delta=each_linear(mean_pooled), by_position=False)
     cut = llava.decode(x, adapter=adapter, positions=jnp.asarray(WANTED)).hidden
     np.testing.assert_array_equal(cut, gather(llava.decode(x, adapter=adapter).hidden))
 

@@ -11,7 +11,7 @@ import torch
 
 from proglora_jax.checkpoints.hf_import import load_llava
 from proglora_jax.core import stack
-from proglora_jax.core.types import Adapter
+from proglora_jax.core.types import Adapter, each_linear
 from proglora_jax.models.layers import Settings, attention, rope_tables
 from proglora_jax.models.llava import random_llava
 from proglora_jax.models.presets import ClipConfig, LlamaConfig, LlavaConfig
@@ -44,7 +44,7 @@ def test_every_layer_agrees_with_transformers(case, rng, tmp_path):
         layer = stack.take(layers, index)
         rotation = rope_tables(jnp.arange(9)[None], text.head_dim, text.rope_theta)
         attend = lambda query, key, value: (attention(query, key, value, causal=True), None)  # noqa: E731
-        return layer(h, lambda name, x: getattr(layer, name)(x), rotation, attend)[0]
+        return layer(h, lambda x, *names: tuple(getattr(layer, name)(x) for name in names), rotation, attend)[0]
 
     for index in range(text.num_hidden_layers):
         h = one_layer(ours.language.layers, index, states[index])
@@ -78,7 +78,7 @@ def test_one_block_equals_merged_weights(llava, rng):
         tree["language"]["layers"][name]["kernel"] += 0.5 * block["a"] @ block["b"]
     merged = llava.from_tree(CONFIG, tree)
     decode = jax.jit(lambda llava, x, adapter: llava.decode(x, adapter=adapter).hidden)
-    with_adapter = decode(llava, x, Adapter(leaves, {}, jnp.float32(0.5), delta))
+    with_adapter = decode(llava, x, Adapter(leaves, {}, jnp.float32(0.5), each_linear(delta)))
     np.testing.assert_allclose(with_adapter, decode(merged, x, None), rtol=1e-4, atol=1e-5)
     assert np.abs(with_adapter - decode(llava, x, None)).max() > 0.01
 
@@ -92,7 +92,7 @@ def test_a_linear_without_leaves_is_bare(llava, rng):
         seen.append((name, context))
         return delta(name, leaves, context, gates, x)
 
-    llava.decode(x, adapter=Adapter(leaves, {}, 1.0, watch))
+    llava.decode(x, adapter=Adapter(leaves, {}, 1.0, each_linear(watch)))
     assert seen == [("v_proj", {})]
 
 
@@ -109,7 +109,7 @@ def test_layer_gate_sees_the_residual_stream_once_and_travels_with_the_cache(lla
     def gated(name, leaves, context, gates, x):
         return context * (x @ leaves["a"] @ leaves["b"])
 
-    adapter = Adapter(leaves, layer, jnp.float32(2.0), gated, layer_gate)
+    adapter = Adapter(leaves, layer, jnp.float32(2.0), each_linear(gated), layer_gate)
     whole = jax.jit(lambda x: llava.decode(x, adapter=adapter).hidden)(x)
     prefill = jax.jit(lambda x: llava.decode(x, adapter=adapter, cache_size=8))(x[:, :5])
     assert prefill.contexts.shape == (3, 2, 1, 1)
@@ -123,7 +123,7 @@ def test_layer_gate_sees_the_residual_stream_once_and_travels_with_the_cache(lla
 def test_stepping_through_the_cache_equals_the_whole_sequence(llava, rng):
     x = jnp.asarray(rng.standard_normal((2, 9, 24)), jnp.float32)
     start = np.array([5, 3], np.int32)
-    adapter = Adapter(low_rank(llava, rng), {}, jnp.float32(1.0), delta)
+    adapter = Adapter(low_rank(llava, rng), {}, jnp.float32(1.0), each_linear(delta))
     whole = jax.jit(lambda llava, x: llava.decode(x, adapter=adapter).hidden)(llava, x)
     prefill = jax.jit(lambda llava, x: llava.decode(x, adapter=adapter, cache_size=9))(llava, x[:, :5])
     step = jax.jit(lambda llava, x, cache, position: llava.decode(x, adapter=adapter, cache=cache, position=position))
@@ -150,7 +150,7 @@ def test_unknown_names_are_refused(llava):
 def test_bfloat16_computes_in_bfloat16_and_is_close(llava, rng):
     x = jnp.asarray(rng.standard_normal((2, 7, 24)), jnp.float32)
     half = llava.with_settings(Settings(dtype="bfloat16"))
-    adapter = Adapter(low_rank(llava, rng), {}, jnp.float32(1.0), delta)
+    adapter = Adapter(low_rank(llava, rng), {}, jnp.float32(1.0), each_linear(delta))
     decode = jax.jit(lambda llava: llava.decode(x, adapter=adapter).hidden)
     low, full = decode(half), decode(llava)
     assert low.dtype == jnp.bfloat16 and half.logits(low).dtype == jnp.float32

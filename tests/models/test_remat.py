@@ -9,7 +9,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from proglora_jax.core import stack
-from proglora_jax.core.types import Adapter
+from proglora_jax.core.types import Adapter, each_linear
 from proglora_jax.models.llava import random_llava
 from proglora_jax.models.presets import ClipConfig, LlamaConfig, LlavaConfig
 
@@ -38,7 +38,7 @@ def setup():
     leaves = {name: {"a": draw(d, 3), "b": draw(3, o)} for name, (d, o) in llava.targets().linears.items()}
 
     def loss(leaves, policy):
-        return jnp.sum(llava.decode(x, adapter=Adapter(leaves, {}, None, delta), remat=policy).hidden ** 3)
+        return jnp.sum(llava.decode(x, adapter=Adapter(leaves, {}, None, each_linear(delta)), remat=policy).hidden ** 3)
 
     return loss, leaves
 
