@@ -71,8 +71,9 @@ def compile_ahead(config: Mapping[str, Mapping[str, Any]], order: Order) -> dict
     values.setdefault("data", {})["root"] = values.get("data", {}).get("root") or "(not set)"
     settings = from_config(values)
     mesh = described_mesh(settings, order.topology)
-    settings, _ = choose_attention(settings, mesh.devices.flat[0].platform)
-    chip = roofline.chip_of(mesh.devices.flat[0].device_kind)
+    first = mesh.devices.flat[0]
+    settings, _ = choose_attention(settings, first.platform, first)
+    chip = roofline.chip_of(first.device_kind)
     sizes, source = model_sizes(settings.model)
     llava = shapes.abstract_backbone(sizes, settings.model)
     stages = planned_stages(settings, llava, mesh)

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from proglora_jax.models.splash import fits, splash_attention
+
 # (shape, kind) -> array or jax.ShapeDtypeStruct; kind is "kernel", "embedding", "ones" or "zeros".
 Make = Callable
 
-ATTENTION = ("xla", "cudnn")
+ATTENTION = ("xla", "cudnn", "splash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Settings:
 
     Attributes:
         dtype: compute dtype by name, "float32" or "bfloat16".
-        attention: implementation by name, "xla" (runs everywhere) or "cudnn" (NVIDIA GPUs, bfloat16, head width a multiple of 8).
+        attention: implementation by name, "xla" (runs everywhere), "cudnn" (NVIDIA GPUs, bfloat16, head width a multiple of 8) or
+            "splash" (TPUs; causal attention of whole sequences with a head width that is a multiple of 128, XLA for the rest).
         unroll: layers in one turn of the loop over layers.
     """
 
@@ -188,7 +191,7 @@ def attention(
         query: [B, T, N, H].
         key: [B, S, K, H] with N a multiple of K.
         value: [B, S, K, H].
-        implementation: "xla" or "cudnn".
+        implementation: see `Settings.attention`.
         causal: query t sees keys 0..t only.
         key_lengths: i32[B], keys from this index on are hidden; None shows all.
         until: i32[B, T], the last key that each query sees; None shows all.
@@ -196,6 +199,10 @@ def attention(
     Returns:
         [B, T, N, H] in query's dtype.
     """
+    if implementation == "splash":
+        if causal and key_lengths is None and until is None and fits(query.shape[-1]):
+            return splash_attention(query, key, value)
+        implementation = "xla"
     mask = None if until is None else (jnp.arange(key.shape[1]) <= until[..., None])[:, None]  # [B, 1, T, S]
     return jax.nn.dot_product_attention(
         query, key, value, mask=mask, is_causal=causal, key_value_seq_lengths=key_lengths, implementation=implementation

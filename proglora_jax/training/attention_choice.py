@@ -7,25 +7,30 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from proglora_jax.core import mesh as meshes
 from proglora_jax.models.layers import Settings as ModelOptions
 from proglora_jax.models.layers import attention
 from proglora_jax.training.settings import ModelSettings, Settings
 
+KERNELS = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}
+"""The fused attention of a platform."""
 
-def choose_attention(settings: Settings, platform: str) -> tuple[Settings, str]:
+
+def choose_attention(settings: Settings, platform: str, device: jax.Device | None = None) -> tuple[Settings, str]:
     """Settings with an implementation by name, and why it is that one.
 
     Args:
         settings: the config; what it names stays.
         platform: of the devices, as JAX calls it: "cpu", "gpu" (or "cuda"), "tpu".
+        device: that the kernel must compile for, where it is not this process's own (a slice that is only described).
     """
-    name, why = attention_for(settings.model.attention, settings.model.dtype, platform)
+    name, why = attention_for(settings.model.attention, settings.model.dtype, platform, device)
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, attention=name)), why
 
 
-def attention_for(stated: str, dtype: str, platform: str) -> tuple[str, str]:
+def attention_for(stated: str, dtype: str, platform: str, device: jax.Device | None = None) -> tuple[str, str]:
     """(implementation by name, why it is that one) for what a config states; arguments as in `choose_attention`."""
-    return _choice(dtype, platform) if stated == "auto" else (stated, "the config names it")
+    return _choice(dtype, platform, device) if stated == "auto" else (stated, "the config names it")
 
 
 def model_options(model: ModelSettings) -> ModelOptions:
@@ -33,28 +38,29 @@ def model_options(model: ModelSettings) -> ModelOptions:
     return ModelOptions(model.dtype, "xla" if model.attention == "auto" else model.attention, model.unroll)
 
 
-def _choice(dtype: str, platform: str) -> tuple[str, str]:
-    if platform not in ("gpu", "cuda"):
+def _choice(dtype: str, platform: str, device: jax.Device | None) -> tuple[str, str]:
+    if platform not in KERNELS:
         return "xla", f"no other is built for {platform}"
-    if dtype == "float32":
+    kernel = KERNELS[platform]
+    if kernel == "cudnn" and dtype == "float32":
         return "xla", "cuDNN's kernel computes in 16 bits only"
     try:
-        _compile_fused(dtype)
-    except Exception as error:  # of whatever kind a missing or old cuDNN raises
-        return "xla", f"cuDNN's kernel does not compile here ({(str(error) or type(error).__name__).splitlines()[0][:160]})"
-    return "cudnn", "fused kernel on GPU"
+        _compile(kernel, dtype, device)
+    except Exception as error:  # of whatever kind a missing or old cuDNN, or a TPU's compiler, raises
+        return "xla", f"the kernel {kernel} does not compile here ({(str(error) or type(error).__name__).splitlines()[0][:160]})"
+    return kernel, f"fused kernel on {platform.upper()}"
 
 
-def _compile_fused(dtype: str) -> None:
-    """Compiles cuDNN's attention forward and backward in the shapes' pattern of training: causal, right-padded, heads of 128.
+def _compile(kernel: str, dtype: str, device: jax.Device | None) -> None:
+    """Compiles a fused attention forward and backward in the pattern of training: causal, right-padded, heads of 128.
 
     Raises:
         Exception: where it cannot.
     """
-    x = jax.ShapeDtypeStruct((2, 128, 4, 128), jnp.dtype(dtype))
-    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    sharding = None if device is None else meshes.replicated(meshes.make_mesh({"data": 1, "fsdp": 1, "model": 1}, [device]))
+    x = jax.ShapeDtypeStruct((2, 128, 4, 128), jnp.dtype(dtype), sharding=sharding)
 
-    def loss(query, key, value, lengths):
-        return attention(query, key, value, implementation="cudnn", causal=True, key_lengths=lengths).astype(jnp.float32).sum()
+    def loss(query, key, value):
+        return attention(query, key, value, implementation=kernel, causal=True).astype(jnp.float32).sum()
 
-    jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, lengths).compile()
+    jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()

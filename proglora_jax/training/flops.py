@@ -42,7 +42,7 @@ def matmul_work(jaxpr: Any) -> MatmulWork:
         elif name == "while":
             body = matmul_work(equation.params["body_jaxpr"])
             work = work.plus(MatmulWork(0.0, body.total + body.turn, body.once))
-        else:
+        elif name != "pallas_call":
             times = equation.params["length"] if name == "scan" else 1
             for part in _inner(equation.params):
                 work = work.plus(matmul_work(part), times)

@@ -2,8 +2,8 @@
 
 What is held is exact: it follows from shapes, dtypes and shardings. What the backward pass keeps is counted from the names that a
 policy saves. The working set of the layer that is being computed depends on what the compiler fuses; its coefficients were fitted
-to the compiled training step of the 7B model (XLA for CPU, float32: 2 to 8 layers, 704 and 1,408 positions, every policy), and what a
-row adds there agrees within a tenth. A compiler for accelerators should fuse more; no accelerator has been asked yet.
+to the compiled training step of the 7B model (XLA for CPU, float32: 3 and 6 layers, 704 positions, every policy), and what a row adds
+there agrees within a tenth. A compiler for accelerators should fuse more; no accelerator has been asked yet.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ RUNTIME = 1_500_000_000
 """Bytes that the runtime and its libraries take on a device (assumed)."""
 USABLE = 0.92
 """Share of a device's memory that a program can plan with: the rest is lost to fragments (assumed)."""
+
+
+FUSED = ("cudnn", "splash")
+"""Attention whose scores never exist at once."""
 
 
 class Part(NamedTuple):
@@ -86,7 +90,7 @@ def answering_memory(settings: Settings, llava: Llava, stage: StageShapes, load:
     width = jnp.dtype(settings.model.dtype).itemsize
     cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * (load.positions + new_tokens) * load.rows * width
     # Two of a layer's widest values at once, and the scores of plain attention.
-    scores = 0 if settings.model.attention == "cudnn" else 2 * 4 * text.num_attention_heads * load.positions**2
+    scores = 0 if settings.model.attention in FUSED else 2 * 4 * text.num_attention_heads * load.positions**2
     inner = 2 * (text.intermediate_size + text.hidden_size) * load.positions * width
     return [
         Part("frozen backbone", backbone_bytes(llava, mesh)),
@@ -123,20 +127,20 @@ def activation_bytes(settings: Settings, llava: Llava, cost: Cost, load: Load) -
     attended, mlp = 2 * heads + 2 * narrow, hidden + 2 * inner
     low_rank = 4 * ranks * len(llava.targets().linears)
     inputs = 2 * hidden + heads + inner  # of the seven linears: one dropout mask for those that read the same
-    scores = 0 if settings.model.attention == "cudnn" else text.num_attention_heads * load.positions
+    scores = 0 if settings.model.attention in FUSED else text.num_attention_heads * load.positions
     outputs = heads + 2 * narrow + mlp
     saved = {  # bytes per token and layer, the residual stream between layers aside
         "full": 0,
         "qkvo": width * attended + low_rank,
         "qkvo_mlp": width * (attended + mlp) + low_rank,
         "dots": width * outputs + (4 * outputs if ranks else 0) + low_rank,
-        "none": width * (attended + mlp + inputs) + 4 * (4 * hidden + 2 * inner + scores) + low_rank,
+        "none": width * (attended + mlp + inputs) + 4 * (10 * hidden + 2 * inner + scores) + low_rank,
     }
     tokens = load.rows * load.positions
     # Of a last layer that is cut to the labels' positions little is kept, and that only until its own backward pass comes.
     kept = tokens * (text.num_hidden_layers * width * hidden + (text.num_hidden_layers - (not cost.whole)) * saved[policy])
     again = max(0, width * (attended + mlp) + low_rank - saved[policy])
-    work = tokens * (3.5 * width * (inputs + outputs) + 1.6 * again + 2.2 * 4 * scores)
+    work = tokens * (2.8 * width * (inputs + outputs) + 1.2 * again + 2.2 * 4 * scores)
     # Scores that exist at once, those of a teacher too (counted in compiled steps: 2, 6 and 4; the first is rounded up).
     scored = {"": 3 * load.labels, "labels": 6 * load.labels, "all": 4 * CHUNK}[cost.words]
     head = 4 * load.rows * scored * text.vocab_size

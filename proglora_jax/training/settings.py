@@ -29,7 +29,7 @@ class ModelSettings:
         preset: sizes that the folder must have, a name of models/presets.py; "" takes any. Plans without weights are made from it.
         dtype: compute dtype, "float32" or "bfloat16".
         param_dtype: dtype in which the frozen backbone is held.
-        attention: "xla", "cudnn" (NVIDIA GPUs, 16 bits), or "auto", see training/attention_choice.py.
+        attention: "xla", "cudnn" (NVIDIA GPUs, 16 bits), "splash" (TPUs), or "auto", see training/attention_choice.py.
         remat: rematerialisation policy by name, see core/stack.py, or "auto", by the device's memory, see training/remat_choice.py.
         unroll: layers per turn of the loop over layers.
     """

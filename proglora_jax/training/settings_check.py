@@ -32,7 +32,7 @@ def check_settings(settings: Any) -> None:
     checks = [
         _one_of("model.dtype", model.dtype, ("float32", "bfloat16", "float16")),
         _one_of("model.param_dtype", model.param_dtype, ("float32", "bfloat16", "float16")),
-        _one_of("model.attention", model.attention, ("auto", "xla", "cudnn")),
+        _one_of("model.attention", model.attention, ("auto", "xla", "cudnn", "splash")),
         (model.attention != "cudnn" or model.dtype != "float32", "model.attention", repr(model.attention),
          "computes in 16 bits only; set config.model.dtype=bfloat16, or attention=xla"),
         _one_of("model.preset", model.preset, ("", *PRESETS)),

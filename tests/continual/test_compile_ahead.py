@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -50,6 +51,23 @@ def test_the_programs_of_a_run_compile_for_a_slice(tiny, tmp_path, capsys):
     gathered = [one for one in train["collectives"] if one["kind"] == "all-gather"]
     assert gathered and max(one["bytes"] for one in gathered) <= 2 * 64 * 32
     assert (tmp_path / "hlo" / "train_128.txt").read_text().startswith("HloModule")
+
+
+@needs_compiler
+def test_heads_as_wide_as_the_real_models_get_the_fused_attention(tiny, monkeypatch, tmp_path):
+    """On a mesh that splits the rows: the kernel is in both programs, and nothing but weights is gathered."""
+    text = dataclasses.replace(tiny_llava.CONFIG.text_config, hidden_size=256, num_attention_heads=2, num_key_value_heads=2, head_dim=128)
+    monkeypatch.setitem(presets.PRESETS, "llava15_7b", lambda: dataclasses.replace(tiny_llava.CONFIG, text_config=text))
+    path = tmp_path / "report.json"
+    with jax.default_matmul_precision("default"):  # that of a run; these tests' own, the highest, is not for bfloat16 kernels
+        assert tools.main([*tiny, "--json", str(path), "--hlo", str(tmp_path / "hlo")]) == 0
+    report = json.loads(path.read_text())
+    assert report["attention"] == "splash"
+    for program in ("train", "answer"):
+        assert "splash" in (tmp_path / "hlo" / f"{program}_128.txt").read_text()
+    (train, _) = report["programs"]
+    gathered = [one["bytes"] for one in train["collectives"] if one["kind"] == "all-gather"]
+    assert gathered and max(gathered) <= 2 * 256 * 256, "weights in bfloat16 alone"
 
 
 @needs_compiler

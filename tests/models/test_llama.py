@@ -139,7 +139,7 @@ def test_unknown_names_are_refused(llava):
     x = jnp.zeros((1, 2, 24))
     with pytest.raises(ValueError, match="remat='half' is unknown: choose one of none, full"):
         llava.decode(x, remat="half")
-    with pytest.raises(ValueError, match="attention='flash' is unknown: choose one of xla, cudnn"):
+    with pytest.raises(ValueError, match="attention='flash' is unknown: choose one of xla, cudnn, splash"):
         Settings(attention="flash")
     with pytest.raises(ValueError, match="attention='cudnn' computes in 16 bits only"):
         Settings(attention="cudnn")
