@@ -78,7 +78,7 @@ def _add_compare(verbs) -> None:
     parser.set_defaults(overrides=[])
     parser.add_argument("workdirs", nargs="*", help="folders of runs; LABEL=FOLDER names a variant")
     parser.add_argument("--config", help="run this config, without method and seed; --config.section.field=value overrides a field")
-    parser.add_argument("--methods", default="", help="with --config: names with commas between, or all")
+    parser.add_argument("--methods", nargs="+", default=[], help="with --config: names with commas or blanks between, or all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="with --config: seeds of each method")
     parser.add_argument("--out", help="with --config: folder of the runs and of compare.html; the same folder again goes on")
     parser.add_argument("--jobs", type=int, default=1, help="with --config: runs at the same time")
@@ -107,7 +107,7 @@ def _compare_config(arguments) -> int:
 
     if arguments.workdirs:
         raise UserError(f"compare: {arguments.workdirs[0]}: give folders of finished runs, or --config FILE, not both")
-    methods = list(NAMES) if arguments.methods == "all" else _names(arguments.methods)
+    methods = list(NAMES) if arguments.methods == ["all"] else _names(",".join(arguments.methods))
     command = " ".join(map(shlex.quote, ["python", "-m", "proglora_jax.tools", *arguments.argv]))
     out = pathlib.Path(arguments.out) if arguments.out else None
     return run_comparison(
