@@ -18,6 +18,7 @@ import tiny_encoders
 import tiny_run
 import warm_start
 from test_resume import Place, losses, step
+from test_resume_phases import SMALL
 from tiny_run import here  # noqa: F401 (a fixture)
 
 from proglora_jax.continual.session import open_session
@@ -131,6 +132,19 @@ def test_processes_fail_stop_and_go_on_together_in_any_number(place, alone):
     same(workdir, alone)
 
 
+@pytest.mark.parametrize("method, tasks", [("proglora_dynamic", 2), ("sema", 2), ("pclr", 3)])  # PCLR integrates in the second of three
+def test_methods_with_probes_and_phases_of_their_own_agree_on_two_processes(here, place, method, tasks):  # noqa: F811
+    """Recall samples and similarities; features, growth and the phase that trains on them; queries, compression and distillation."""
+    fields = FIELDS | SMALL.get(method, {}) | {"method": method, "train__max_steps": 4}
+    fields |= {"data__tasks": ",".join(["TextVQA", "OCRVQA", "ImageNet"][:tasks])}
+    own = {name: value for name, value in fields.items() if name != "method"}
+    same_place = {"model__path": str(place.model), "data__root": str(place.folder / "data"), "mesh__data": 1}
+    expected = here.run(f"{method}_alone", method, **own | same_place)
+    team = Team(place, place.folder / f"{method}_two", 2, **fields)
+    assert team.wait(200) == [0, 0], team.text()
+    same(team.workdir, expected, tasks)
+
+
 @pytest.fixture
 def encoders(tmp_path) -> dict[str, str]:
     """The fields that name a tiny ViT and a tiny BERT."""
@@ -180,12 +194,13 @@ def test_a_picture_that_cannot_be_embedded_ends_all_processes(place, encoders):
     assert "Traceback" not in team.text() and f"{picture}: cannot be read as an image" in team.text()
 
 
-def same(workdir: Path, alone: Path) -> None:
+def same(workdir: Path, alone: Path, tasks: int = 2) -> None:
     """Checks that a run gave what the run on one device gave: bit-identical answers, and numbers that differ by the order of sums."""
     ours, theirs = tiny_run.outcome(workdir), tiny_run.outcome(alone)
     answers = [name for name in theirs if name.endswith(".jsonl")]
-    assert len(answers) == 3 and [x[:2] for x in losses(workdir)] == [x[:2] for x in losses(alone)]
-    np.testing.assert_allclose([x[2] for x in losses(workdir)], [x[2] for x in losses(alone)], rtol=1e-4)
+    assert len(answers) == tasks * (tasks + 1) // 2 and [x[:2] for x in losses(workdir)] == [x[:2] for x in losses(alone)]
+    # PCLR's divergence of 1e-4 is a difference of logarithms near 6, each good to 4e-7.
+    np.testing.assert_allclose([x[2] for x in losses(workdir)], [x[2] for x in losses(alone)], rtol=1e-4, atol=1e-7)
     for name in [name for name in theirs if isinstance(theirs[name], np.ndarray)]:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
     for name in answers:
