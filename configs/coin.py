@@ -24,6 +24,10 @@ CoIN's scripts crop the images of four tasks when they ask, though all are padde
 --config.evaluate.also_image_mode=pad asks these tasks a second time, padded, and reports both; a finished run to which it is added is only
 asked.
 
+Answers are scored as CoIN's scripts for LLaVA do (and in a clean way, always). --config.evaluate.scienceqa_rule=llava or proglora reads
+ScienceQA's answers as LLaVA's and ProgLoRA's scripts do, --config.evaluate.grounding_rule=minigpt reads boxes as CoIN's script for
+MiniGPT-v2 does.
+
 batches=paper_era are the rows per step of the scripts behind the published baselines (7 GPUs without accumulation), batches=coin_scripts
 those of CoIN's repository today (8 GPUs, 8 parts), batches=mcitlib64 64 rows for every task. A step's rows are computed in as many parts as
 there were in the original, which suits one GPU; with n of them set --config.train.micro_batches to an n-th, and ask tools doctor.

@@ -43,6 +43,8 @@ _FREE = {
     "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_record", "data.on_bad_image", "data.buckets",
     "evaluate.batch_size", "evaluate.prompt_lengths", "evaluate.also_image_mode", "mesh.data", "mesh.fsdp", "mesh.model",
     "model.remat",
+    # Scoring alone: what was asked is scored anew.
+    "evaluate.imagenet_empty_ok", "evaluate.grounding_truncate", "evaluate.scienceqa_rule", "evaluate.grounding_rule",
     # The hashes of the files in every stage say whether they are the same.
     "model.vision_path", "model.projector_path", "similarity.vit_path", "similarity.bert_path",
 }

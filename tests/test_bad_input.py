@@ -147,8 +147,8 @@ WRONG = {
     "train.projector_learning_rate": -1.0, "train.schedule": "linear", "train.warmup_fraction": 1.0, "train.weight_decay": -0.1,
     "train.beta1": 1.0, "train.beta2": -0.1, "train.epsilon": -1.0, "train.grad_clip": -1.0, "train.loss_norm": "mean",
     "train.loss_group_size": 0, "evaluate.batch_size": 0, "evaluate.max_new_tokens": -1, "evaluate.prompt_lengths": ("64",),
-    "evaluate.image_mode": "crop", "evaluate.also_image_mode": "coin", "evaluate.subset_size": -1,
-    "evaluate.subset_seed": -1, "similarity.encoders": "bert",
+    "evaluate.image_mode": "crop", "evaluate.also_image_mode": "coin", "evaluate.scienceqa_rule": "mcit", "evaluate.grounding_rule": "qwen",
+    "evaluate.subset_size": -1, "evaluate.subset_seed": -1, "similarity.encoders": "bert",
     "similarity.text_pool": "max",
     "similarity.pool": "max", "similarity.max_samples": 0, "run.seed": -1, "run.protocol": "parallel", "run.checkpoint_every_steps": 0,
     "run.log_every_steps": 0, "model.preset": "llava16_7b", "train.loss_groups": -1, "run.published_row": "proglora",
@@ -321,6 +321,14 @@ def test_records_that_cannot_be_used(refuse, root, tmp_path, task, file, change,
     fields = ONE | {"data__root": str(root), "data__tasks": f"OCRVQA,{task}"}
     text = refuse(**fields)
     assert re.search(expected, text), text
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+@pytest.mark.parametrize("key, rule", [("answer_bbox", "coin"), ("origin_answer_bbox", "minigpt")])
+def test_boxes_that_scoring_needs_are_missed_before_training(refuse, root, tmp_path, key, rule):
+    edit(records(root, "Grounding", "test"), lambda r: r[2].pop(key) and None)
+    fields = ONE | {"data__root": str(root), "data__tasks": "OCRVQA,Grounding", "evaluate__grounding_rule": rule}
+    assert re.search(r"references of grounding: 1 problem\(s\): question_id \w+: ", refuse(**fields))
     assert not (tmp_path / "run" / "stages").exists()
 
 

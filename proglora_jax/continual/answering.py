@@ -2,13 +2,15 @@
 
     answers/<Task>.partial.jsonl   a header, then one line per answered question, each with a checksum; appended batch by batch
     answers/<Task>.jsonl           the same, complete
-    scores/<Task>.json             accuracy in both modes, mean gates, and what was asked: the hashes of questions, references and answers
+    scores/<Task>.json             accuracy in both modes, mean gates, and what was asked and how it was scored: the hashes of questions,
+                                   references and answers, the rules of scoring
 
 Where a task is asked a second time with images prepared in another way, that way follows its name (ImageNet_pad.jsonl).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import time
@@ -29,7 +31,6 @@ from proglora_jax.data.pipeline import eval_batches
 from proglora_jax.data.schema import Question
 from proglora_jax.data.tasks import TASKS
 from proglora_jax.evaluation.evaluator import references, score_answers
-from proglora_jax.evaluation.scores import ScoreOptions
 from proglora_jax.training.console import Progress
 from proglora_jax.training.loop import Stopped
 from proglora_jax.training.processes import Round
@@ -64,13 +65,14 @@ def evaluate_task(
     path, answers = scores_file(folder, name, images), folder / "answers" / f"{_file_name(name, images)}.jsonl"
     questions, auxiliary = session.questions(name), session.data[name].auxiliary
     header = _header(session, digest, name, questions) | ({"image_mode": images} if images else {})
-    asked = {field: header[field] for field in MUST_AGREE} | {"references": _hash(references(TASKS[name].scorer, questions, auxiliary))}
+    options = session.score_options
+    asked = {field: header[field] for field in MUST_AGREE} | {
+        "references": _hash(references(TASKS[name].scorer, questions, auxiliary)), "scoring": dataclasses.asdict(options)}
     known = finished_scores(path, answers, asked)
     if known is not None:
         return known, True
     began = time.monotonic()
     texts, gates = _answers(session, state, header, task_id, questions, answers)
-    options = ScoreOptions(session.settings.evaluate.imagenet_empty_ok, session.settings.evaluate.grounding_truncate)
     result = score_answers(TASKS[name].scorer, texts, questions, auxiliary, options)
     result |= {
         "task": name, "asked": asked, "answers_sha256": sha256_of_file(answers) if session.chief else "", "gates": gates,
@@ -87,8 +89,8 @@ def finished_scores(path: Path, answers: Path, asked: Mapping[str, Any]) -> dict
     Args:
         path: scores/<Task>.json.
         answers: answers/<Task>.jsonl.
-        asked: what the header of the answers must say (MUST_AGREE), and the hash of the references; with other values the scores are
-            made again, from the answers where only the references changed.
+        asked: what the header of the answers must say (MUST_AGREE), the hash of the references, and how they are scored; with other values
+            the scores are made again, from the answers where only the last two changed.
     """
     try:
         known = read_json(path, checksum=True)

@@ -19,6 +19,7 @@ from proglora_jax.continual.session import Session
 from proglora_jax.continual.stages import FINAL, Stage
 from proglora_jax.data.errors import UserError
 from proglora_jax.evaluation.scores import MODES
+from proglora_jax.evaluation.scores_rules import ScoreOptions
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy", "pillow")
 
@@ -93,6 +94,9 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
         seconds.append({"train": meta.get("seconds", {}).get("train", 0.0), "evaluate": spent})
     settings = {"learning rate": session.settings.train.learning_rate, "batch size": session.settings.train.batch_size,
                 "instruction set": session.settings.data.instruction_set, "protocol": run.protocol}
+    # The rules of the mode "coin", where they are not those of CoIN's scripts for LLaVA.
+    usual = dataclasses.asdict(ScoreOptions())
+    settings |= {name: value for name, value in dataclasses.asdict(session.score_options).items() if value != usual[name]}
     settings |= {"published row": run.published_row} if run.published_row else {}
     settings |= {name: value for name, value in dataclasses.asdict(session.method).items()}
     return RunRecord(

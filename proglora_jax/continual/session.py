@@ -27,6 +27,8 @@ from proglora_jax.data.tasks import ORDERS, TaskData, load_task, select_subset, 
 from proglora_jax.data.templates import get_template
 from proglora_jax.data.tokens import Encoder, Tokenizer, load_tokenizer
 from proglora_jax.evaluation.evaluator import references
+from proglora_jax.evaluation.scores import check_references
+from proglora_jax.evaluation.scores_rules import ScoreOptions
 from proglora_jax.methods.base import Method, Phase
 from proglora_jax.models.presets import PRESETS, LlavaConfig
 from proglora_jax.training import fisher, step
@@ -121,10 +123,21 @@ class Session:
         evaluate = self.settings.evaluate
         return select_subset(self.data[task].questions, evaluate.subset_size, evaluate.subset_seed)
 
+    @property
+    def score_options(self) -> ScoreOptions:
+        """What the scoring mode "coin" does."""
+        return score_options(self.settings)
+
     @functools.cached_property
     def chief(self) -> bool:
         """Whether this process writes files and talks."""
         return jax.process_index() == 0
+
+
+def score_options(settings: Settings) -> ScoreOptions:
+    """The fields of config.evaluate that say how answers are scored."""
+    evaluate = settings.evaluate
+    return ScoreOptions(evaluate.imagenet_empty_ok, evaluate.grounding_truncate, evaluate.scienceqa_rule, evaluate.grounding_rule)
 
 
 def model_folder(path: str) -> str:
@@ -226,7 +239,7 @@ def _read_records(files: Mapping[str, TaskData], settings: Settings) -> None:
         if settings.method.name != "zero_shot":
             _ = task.train
         asked = select_subset(task.questions, settings.evaluate.subset_size, settings.evaluate.subset_seed)
-        references(task.task.scorer, asked, task.auxiliary)
+        check_references(task.task.scorer, references(task.task.scorer, asked, task.auxiliary), score_options(settings))
 
 
 def _load(source: Source, settings: Settings, mesh: Mesh) -> Any:

@@ -10,6 +10,8 @@ Box = tuple[float, float, float, float]
 
 # A sign counts only where it does not follow a digit, so that "0.1-0.2" reads as two positive numbers.
 _NUMBER = re.compile(r"(?:(?<![\d.])[-+])?(?:\d+\.\d*|\.\d+|\d+)")
+# A decimal as CoIN's script for MiniGPT-v2 knows it: with a point, without a sign, and not zero ("0.0", "0" and "1" are none).
+_DECIMAL = re.compile(r"[1-9]\d*\.\d*|0\.0*[1-9]\d*")
 # Coordinates above this are pixels: relative ones end at 1, and a model overshoots by little.
 _PIXELS_ABOVE = 1.5
 
@@ -38,6 +40,28 @@ def parse_coin(text: str, truncate: bool = True) -> Box | None:
     except ValueError:
         return None
     return x1, y1, x2, y2
+
+
+def parse_minigpt(text: str) -> Box | None:
+    """Reads the first four decimals of a text as CoIN's evaluator for MiniGPT-v2 does.
+
+    Zeros and whole numbers are passed over, so that a box with a corner at the image's edge is lost, or read from other numbers.
+
+    Args:
+        text: the predicted text.
+
+    Returns:
+        (x1, y1, x2, y2) as they stand, in no checked order or range; None if there are fewer than four.
+    """
+    numbers = tuple(float(match) for match in _DECIMAL.findall(text)[:4])
+    return numbers if len(numbers) == 4 else None
+
+
+def read_reference(value: object) -> Box | None:
+    """A reference box of any frame from "[x1, y1, x2, y2]" or a list; None if it is not four finite numbers."""
+    text = value if isinstance(value, str) else ",".join(map(str, value)) if isinstance(value, (list, tuple)) else ""
+    box = parse_coin(text, truncate=False)
+    return box if box is not None and all(map(math.isfinite, box)) else None
 
 
 def parse_clean(text: str, size: Sequence[float] | None = None) -> Box | None:

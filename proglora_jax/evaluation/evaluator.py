@@ -7,7 +7,8 @@ from typing import Any
 
 from proglora_jax.data.errors import UserError, raise_collected
 from proglora_jax.data.schema import Question
-from proglora_jax.evaluation import scores
+from proglora_jax.evaluation import boxes, scores
+from proglora_jax.evaluation.scores_rules import ScoreOptions
 
 # What reading an auxiliary file of another form than CoIN's raises.
 _WRONG_FORM = (KeyError, TypeError, AttributeError)
@@ -66,7 +67,7 @@ def _made(scorer, questions, auxiliary) -> tuple[list[scores.Reference | None], 
 
 
 def score_answers(
-    scorer: str, answers: Mapping[int, str], questions: Sequence[Question], auxiliary: Mapping[str, Any], options: scores.ScoreOptions
+    scorer: str, answers: Mapping[int, str], questions: Sequence[Question], auxiliary: Mapping[str, Any], options: ScoreOptions
 ) -> dict[str, Any]:
     """Scores a task's answers in both modes.
 
@@ -75,7 +76,7 @@ def score_answers(
         answers: index of the question -> decoded text.
         questions: the questions.
         auxiliary: the task's auxiliary files.
-        options: which quirks the mode "coin" keeps.
+        options: what the mode "coin" does.
 
     Returns:
         {"accuracy": {mode: percent}, "ceiling": {mode: percent}, "count", "unparsable", "empty", "missing", "correct": {mode: [..]}}.
@@ -101,7 +102,8 @@ def score_answers(
 
 
 def _plain(question: Question) -> scores.Reference:
-    return scores.Reference(question.id, question.answer, bbox=question.bbox, size=question.size)
+    origin = boxes.read_reference(question.extra.get("origin_answer_bbox"))
+    return scores.Reference(question.id, question.answer, bbox=question.bbox, origin_bbox=origin, size=question.size)
 
 
 def _scienceqa(auxiliary: Mapping[str, Any]):

@@ -1,23 +1,20 @@
 """The scorers of CoIN's eight tasks, each compatible with CoIN's scripts ("coin") and in a sane form ("clean").
 
 Predictions are joined to references by question id; a reference without a prediction counts as wrong, so the denominator is
-the number of references (of the balanced ones for GQA).
+the number of references (of the balanced ones for GQA; of the answered ones under ProgLoRA's rule for ScienceQA).
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 from proglora_jax.data.errors import UserError, raise_collected
 from proglora_jax.evaluation import boxes, textvqa
+from proglora_jax.evaluation.scores_rules import LETTERS, ScoreOptions, option_letter
 
 MODES = ("coin", "clean")
-
-_LETTERS = "ABCDE"
-_LONE_CHARACTER = re.compile(r"\b(\w)\b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +34,7 @@ class Reference:
         answer: the reference answer; ScienceQA: the option letter or the option's index; Grounding: the text of the box.
         answers: the ten answers of TextVQA.
         bbox: Grounding: the box as four numbers; read from `answer` where absent.
+        origin_bbox: Grounding: the box in the frame of the image as it is, not padded to a square.
         size: (width, height) of the image in pixels, for boxes in pixels.
         choices: ScienceQA: number of options.
         balanced: GQA: whether the question is in the balanced set, the only one that is scored.
@@ -46,22 +44,10 @@ class Reference:
     answer: str = ""
     answers: tuple[str, ...] | None = None
     bbox: tuple[float, ...] | None = None
+    origin_bbox: tuple[float, ...] | None = None
     size: tuple[float, float] | None = None
     choices: int | None = None
     balanced: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreOptions:
-    """Quirks of CoIN's scripts that the "coin" mode keeps by default (flags eval.imagenet_empty_ok, eval.grounding_truncate).
-
-    Attributes:
-        imagenet_empty_ok: an empty ImageNet prediction is correct.
-        grounding_truncate: the box parser drops the first and the last character.
-    """
-
-    imagenet_empty_ok: bool = True
-    grounding_truncate: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,31 +92,14 @@ def tidy(text: str) -> str:
     return text[:-1].rstrip() if text.endswith(".") else text
 
 
-def option_letter(text: str) -> str | None:
-    """The option that a ScienceQA answer names.
-
-    Args:
-        text: "C", "C. some text", or any text, of which the first character standing alone counts.
-
-    Returns:
-        The character in upper case, an option letter or not ("a cat" gives "A", "It's B" gives "S"); None if there is none.
-    """
-    if len(text) == 1 and text in _LETTERS:
-        return text
-    if len(text) >= 3 and text[0] in _LETTERS and text[1:3] == ". ":
-        return text[0]
-    found = _LONE_CHARACTER.search(text)
-    return found.group(1).upper() if found else None
-
-
 def score_scienceqa(text: str, reference: Reference, mode: str, options: ScoreOptions) -> float | None:
     """1 if the option named is the reference's and within the question's choices."""
-    letter = option_letter(tidy(text) if mode == "clean" else text)
+    letter = option_letter(tidy(text)) if mode == "clean" else option_letter(text, options.scienceqa_rule)
     if letter is None:
         return None
     gold = reference.answer.strip()
-    gold = _LETTERS[int(gold)] if gold.isdecimal() else gold
-    within = letter in _LETTERS[: reference.choices or len(_LETTERS)]
+    gold = LETTERS[int(gold)] if gold.isdecimal() else gold
+    within = letter in LETTERS[: reference.choices or len(LETTERS)]
     return float(within and letter == gold)
 
 
@@ -176,6 +145,8 @@ def score_grounding(text: str, reference: Reference, mode: str, options: ScoreOp
     target = reference.bbox if reference.bbox is not None else boxes.parse_coin(reference.answer, truncate=False)
     if mode == "clean":
         box, target = boxes.parse_clean(text, reference.size), boxes.to_unit(target, reference.size)
+    elif options.grounding_rule == "minigpt":
+        box, target = boxes.parse_minigpt(text), reference.origin_bbox
     else:
         box = boxes.parse_coin(text, options.grounding_truncate)
     return None if box is None else float(boxes.iou(box, target) > 0.5)
@@ -204,7 +175,7 @@ def score(
         predictions: in any order; ids that occur several times pair with references of that id in order.
         references: the questions to score; their number is the denominator.
         mode: "coin" or "clean".
-        options: which quirks the coin mode keeps; default all.
+        options: what the coin mode does; default: as CoIN's scripts.
 
     Returns:
         Per-question scores and the accuracy.
@@ -216,10 +187,14 @@ def score(
         UserError: "predictions of <task>: ..." for more predictions than references of an id, or no common id at all
     """
     scorer = _checked_scorer(task, mode)
-    references = [reference for reference in references if task != "gqa" or reference.balanced]
-    _check_references(task, references)
-    texts, unknown = _joined(task, predictions, references)
     options = options or ScoreOptions()
+    references = [reference for reference in references if task != "gqa" or reference.balanced]
+    check_references(task, references, options)
+    texts, unknown = _joined(task, predictions, references)
+    missing = sum(text is None for text in texts)
+    if mode == "coin" and task == "scienceqa" and options.scienceqa_rule == "proglora" and missing < len(texts):
+        references = [reference for text, reference in zip(texts, references) if text is not None]
+        texts = [text for text in texts if text is not None]
     verdicts = [
         0.0 if text is None else scorer(text, reference, mode, options) for text, reference in zip(texts, references)
     ]
@@ -232,7 +207,7 @@ def score(
         accuracy=100.0 * sum(correct) / len(correct),
         unparsable=sum(verdict is None for verdict in verdicts),
         empty=sum(text is not None and not text.strip() for text in texts),
-        missing=sum(text is None for text in texts),
+        missing=missing,
         unknown=unknown,
     )
 
@@ -253,22 +228,26 @@ def ceiling(task: str, references: Sequence[Reference], mode: str = "coin", opti
         task: name of the scorer.
         references: the questions; for TextVQA the most frequent processed answer is taken as the prediction.
         mode: "coin" or "clean".
-        options: which quirks the coin mode keeps.
+        options: what the coin mode does.
 
     Returns:
         As `score`; raises as it does.
     """
-    return score(task, [Prediction(str(r.question_id), _perfect_answer(task, r)) for r in references], references, mode, options)
+    origin = mode == "coin" and options is not None and options.grounding_rule == "minigpt"
+    answers = [Prediction(str(r.question_id), _perfect_answer(task, r, origin)) for r in references]
+    return score(task, answers, references, mode, options)
 
 
-def _perfect_answer(task: str, reference: Reference) -> str:
+def _perfect_answer(task: str, reference: Reference, origin: bool) -> str:
+    if task == "grounding" and origin and reference.origin_bbox is not None:
+        return boxes.as_text(reference.origin_bbox)
     if task == "textvqa" and reference.answers:
         common = collections.Counter(map(textvqa.process, reference.answers)).most_common(1)[0][0]
         return next(answer for answer in reference.answers if textvqa.process(answer) == common)
     if task == "grounding" and not reference.answer and reference.bbox is not None:
         return boxes.as_text(reference.bbox)
-    if task == "scienceqa" and reference.answer.strip().isdecimal() and int(reference.answer) < len(_LETTERS):
-        return _LETTERS[int(reference.answer)]
+    if task == "scienceqa" and reference.answer.strip().isdecimal() and int(reference.answer) < len(LETTERS):
+        return LETTERS[int(reference.answer)]
     return reference.answer
 
 
@@ -280,15 +259,21 @@ def _checked_scorer(task: str, mode: str) -> Scorer:
     return SCORERS[task]
 
 
-def _check_references(task: str, references: Sequence[Reference]) -> None:
-    """Raises for references that lack what the task's scorer compares with."""
+def check_references(task: str, references: Sequence[Reference], options: ScoreOptions | None = None) -> None:
+    """Raises for references that lack what the task's scorer compares with.
+
+    Args: as for `score`.
+
+    Raises:
+        UserError: "references of <task>: there are none; ...", "references of <task>: <n> problem(s): question_id 7: ..."
+    """
     if not references:
         raise UserError(f"references of {task}: there are none; check the evaluation file and config.evaluate.subset_size")
-    problems = [f"question_id {r.question_id}: {why}" for r in references if (why := reference_problem(task, r))]
+    problems = [f"question_id {r.question_id}: {why}" for r in references if (why := reference_problem(task, r, options))]
     raise_collected(problems, f"references of {task}", "Check the evaluation file and the auxiliary files of the task.")
 
 
-def reference_problem(task: str, reference: Reference) -> str | None:
+def reference_problem(task: str, reference: Reference, options: ScoreOptions | None = None) -> str | None:
     """Why a task's scorer cannot use a reference; None if it can."""
     if task == "textvqa" and len(reference.answers or ()) != textvqa.REFERENCES_PER_QUESTION:
         return f"{len(reference.answers or ())} answers, 10 are needed"
@@ -296,9 +281,11 @@ def reference_problem(task: str, reference: Reference) -> str | None:
         box = reference.bbox if reference.bbox is not None else boxes.parse_coin(reference.answer, truncate=False)
         if box is None or len(box) != 4:
             return f"answer {reference.answer!r} and bbox {reference.bbox!r} hold no box of four numbers"
+        if options is not None and options.grounding_rule == "minigpt" and reference.origin_bbox is None:
+            return "has no 'origin_answer_bbox' of four numbers, which config.evaluate.grounding_rule=minigpt compares with"
     if task == "scienceqa":
         gold = reference.answer.strip()
-        if gold not in tuple(_LETTERS) and not (gold.isdecimal() and int(gold) < len(_LETTERS)):
+        if gold not in tuple(LETTERS) and not (gold.isdecimal() and int(gold) < len(LETTERS)):
             return f"answer {reference.answer!r} is neither an option letter A-E nor an option index 0-4"
     return None
 

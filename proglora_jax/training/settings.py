@@ -159,6 +159,10 @@ class EvalSettings:
         subset_seed: seed of that choice.
         imagenet_empty_ok: an empty ImageNet answer counts as right in the mode "coin", as in CoIN's script.
         grounding_truncate: the mode "coin" loses the last digit of a box, as CoIN's script does.
+        scienceqa_rule: how the mode "coin" reads an option from a longer answer: "coin" (the first character that stands alone), "llava"
+            (the X of "The answer is X."), or "proglora" (so too, and divides by the number of answers: the same in a finished run).
+        grounding_rule: how the mode "coin" reads a box: "coin", or "minigpt" (first four decimals against origin_answer_bbox). Scoring
+            alone: a finished run with other values of these four is not asked again.
     """
 
     batch_size: int = 32
@@ -170,6 +174,8 @@ class EvalSettings:
     subset_seed: int = 0
     imagenet_empty_ok: bool = True
     grounding_truncate: bool = True
+    scienceqa_rule: str = "coin"
+    grounding_rule: str = "coin"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from proglora_jax.data.schema import BAD_RECORD_POLICIES
 from proglora_jax.data.tasks import TASKS
 from proglora_jax.data.templates import INSTRUCTION_SETS, TEMPLATES
 from proglora_jax.evaluation.published import ROWS
+from proglora_jax.evaluation.scores_rules import GROUNDING_RULES, SCIENCEQA_RULES
 from proglora_jax.models.presets import PRESETS
 from proglora_jax.training.projector import PROJECTOR_INITS
 
@@ -70,6 +71,8 @@ def check_settings(settings: Any) -> None:
         _one_of("evaluate.also_image_mode", evaluate.also_image_mode, ("", *({"coin", "pad"} - {evaluate.image_mode}))),
         *(_at_least(f"evaluate.{name}", getattr(evaluate, name), least) for name, least in {
             "batch_size": 1, "max_new_tokens": 0, "subset_size": 0, "subset_seed": 0}.items()),
+        _one_of("evaluate.scienceqa_rule", evaluate.scienceqa_rule, SCIENCEQA_RULES),
+        _one_of("evaluate.grounding_rule", evaluate.grounding_rule, GROUNDING_RULES),
         _one_of("similarity.encoders", settings.similarity.encoders, ("backbone", "vit_bert")),
         *((not path or settings.similarity.encoders == "vit_bert", f"similarity.{name}", repr(path),
            "the backbone's own encoders need no folder; set config.similarity.encoders=vit_bert to use this one")

@@ -13,10 +13,12 @@ import tiny_run
 from tiny_run import here  # noqa: F401 (a fixture)
 
 from proglora_jax.checkpoints.stage import load_checkpoint
+from proglora_jax.continual.answering import _line
 from proglora_jax.continual.run_record import load_run
 from proglora_jax.continual.session import Session
 from proglora_jax.continual.stages import plan_stages
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.tasks import load_auxiliary, load_task
 from proglora_jax.methods.registry import METHODS, NAMES
 from proglora_jax.training.log import RunLogger
 from proglora_jax.training.loop import Stopped
@@ -215,6 +217,33 @@ def test_questions_that_changed_are_asked_again_and_references_only_scored_again
     file.write_text(json.dumps(records))
     here.run("mended", data__root=str(root))
     assert {p.name for p, when in answers.items() if p.stat().st_mtime_ns != when} == {"OCRVQA.jsonl"}
+
+
+def test_other_rules_of_scoring_are_applied_to_the_answers_that_are_there(here):
+    workdir = here.run("rules", "zero_shot", data__tasks="ScienceQA,Grounding")
+    answers = {task: workdir / "stages" / "00_zero_shot" / "answers" / f"{task}.jsonl" for task in ("ScienceQA", "Grounding")}
+    questions = load_task(str(here.root), "Grounding").questions
+    texts = {"ScienceQA": ["a map. The answer is E."] * 6, "Grounding": [question.extra["origin_answer_bbox"] for question in questions]}
+    for task, path in answers.items():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[1:] = [row | {"text": texts[task][row["index"]]} for row in rows[1:]]
+        path.write_text("".join(_line({name: value for name, value in row.items() if name != "crc"}) for row in rows))
+    here.run("rules", "zero_shot", data__tasks="ScienceQA,Grounding")
+    scores = lambda task: json.loads((workdir / "stages" / "00_zero_shot" / "scores" / f"{task}.json").read_text())
+    plain = {task: scores(task) for task in answers}
+    kept = {path: path.read_text() for path in answers.values()}
+    here.run("rules", "zero_shot", data__tasks="ScienceQA,Grounding", evaluate__scienceqa_rule="llava", evaluate__grounding_rule="minigpt")
+    assert kept == {path: path.read_text() for path in answers.values()}, "nothing was asked again"
+    problems = load_auxiliary(str(here.root), "ScienceQA")["problems"]
+    first = [problems[question.id] for question in load_task(str(here.root), "ScienceQA").questions]
+    assert plain["ScienceQA"]["correct"]["coin"] == [float(problem["answer"] == 0) for problem in first], "the article is read as A"
+    assert scores("ScienceQA")["correct"]["coin"] == [float(problem["answer"] == 4) for problem in first]
+    seen = [all("." in corner and float(corner) for corner in text.strip("[]").split(", ")) for text in texts["Grounding"]]
+    assert scores("Grounding")["correct"]["coin"] == [float(decimals) for decimals in seen] and any(seen), "no zeros"
+    assert scores("Grounding")["accuracy"]["coin"] == scores("Grounding")["ceiling"]["coin"]
+    assert all(scores(task)["correct"]["clean"] == plain[task]["correct"]["clean"] for task in answers)
+    text = (workdir / "report.md").read_text()
+    assert re.search(r"\| scienceqa_rule +\| llava +\|", text) and re.search(r"\| grounding_rule +\| minigpt +\|", text)
 
 
 def test_a_changed_backbone_is_noticed(here, dynamic):

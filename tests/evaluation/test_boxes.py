@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from proglora_jax.evaluation.boxes import as_text, iou, parse_clean, parse_coin, to_unit
+from proglora_jax.evaluation.boxes import as_text, iou, parse_clean, parse_coin, parse_minigpt, read_reference, to_unit
 
 EXACT = (0.41, 0.28, 0.60, 0.93)
 
@@ -35,6 +35,32 @@ def test_parsers(text, coin, clean):
 
 def test_untruncated_coin_parser():
     assert parse_coin("[0.41, 0.28, 0.6, 0.9]", truncate=False) == (0.41, 0.28, 0.6, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("[0.41, 0.28, 0.60, 0.93]", EXACT),
+        ("[0.41, 0.28, 0.6, 0.9]", (0.41, 0.28, 0.6, 0.9)),
+        ("The box is (0.41, 0.28, 0.60, 0.93) or [0.1, 0.1, 0.2, 0.2].</s>", EXACT),
+        ("[1.0, 0.05, 12.5, 1.]", (1.0, 0.05, 12.5, 1.0)),
+        ("[0.0, 0.28, 0.60, 0.93]", None),  # zeros and whole numbers are no decimals
+        ("[0.0, 0.28, 0.60, 0.93] 0.7", (0.28, 0.60, 0.93, 0.7)),
+        ("[41, 28, 60, 93]", None),
+        ("[-0.41, 0.28, 0.60, 0.93]", EXACT),  # nor has a decimal a sign
+        ("[0.41, 0.28, 0.60]", None),
+        ("", None),
+    ],
+)
+def test_the_parser_for_minigpt(text, box):
+    assert parse_minigpt(text) == box
+
+
+def test_reference_boxes_of_any_frame():
+    assert read_reference("[0.41, 0.28, 0.60, 0.93]") == read_reference([0.41, 0.28, 0.6, 0.93]) == EXACT
+    assert read_reference("[10, 20, 30.5, 40]") == (10, 20, 30.5, 40)
+    for bad in (None, "", 7, "[0.1, 0.2, 0.3]", "[0.1, nan, 0.2, 0.3]", [0.1, None, 0.2, 0.3], {"x": 1}):
+        assert read_reference(bad) is None
 
 
 def test_pixels_are_scaled_by_the_longer_side():

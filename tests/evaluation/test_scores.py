@@ -10,12 +10,11 @@ from proglora_jax.evaluation.scores import (
     SCORERS,
     Prediction,
     Reference,
-    ScoreOptions,
     ceiling,
-    option_letter,
     score,
     score_modes,
 )
+from proglora_jax.evaluation.scores_rules import ScoreOptions, option_letter
 
 
 def one(task, text, mode="coin", options=None, **reference):
@@ -48,6 +47,47 @@ def test_every_task_has_a_scorer():
 )
 def test_option_letter(text, letter):
     assert option_letter(text) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A", "A"),
+        ("B. text", "B"),
+        ("The answer is C.", "C"),
+        ("Look at the map. The answer is D. BECAUSE: it is farthest north", "D"),
+        ("The answer is C", None),  # a character must follow
+        ("The answer is C, of course", "C"),  # any
+        ("The answer is C\n", None),  # but a line's end
+        ("The answer is A. The answer is B.", None),
+        ("the answer is C.", None),
+        ("The answer is F.", "F"),
+        ("a cat", None),
+        ("A.", None),
+        ("", None),
+    ],
+)
+@pytest.mark.parametrize("rule", ["llava", "proglora"])
+def test_option_letter_as_llavas_script_reads_it(text, letter, rule):
+    assert option_letter(text, rule) == letter
+
+
+def test_scienceqa_rules():
+    llava, proglora = ScoreOptions(scienceqa_rule="llava"), ScoreOptions(scienceqa_rule="proglora")
+    texts = {"1": "The answer is B.", "2": "b", "3": "B. text", "4": "It is a map. The answer is B."}
+    references = [Reference(name, "B", choices=2) for name in (*texts, "5")]
+    predictions = [Prediction(name, text) for name, text in texts.items()]
+    found = {options: score("scienceqa", predictions, references, options=options) for options in (ScoreOptions(), llava, proglora)}
+    assert found[ScoreOptions()].correct == (1, 1, 1, 0, 0), "the article of the fourth counts as A"
+    assert found[llava].correct == (1, 0, 1, 1, 0) and found[llava].accuracy == 60.0
+    assert found[proglora].correct == (1, 0, 1, 1) and found[proglora].accuracy == 75.0
+    assert found[proglora].question_ids == ("1", "2", "3", "4") and found[proglora].total == 4
+    assert {result.missing for result in found.values()} == {1} and found[llava].unparsable == found[proglora].unparsable == 1
+    clean = [score("scienceqa", predictions, references, "clean", options) for options in (None, llava, proglora)]
+    assert clean[0] == clean[1] == clean[2], "the clean mode has one rule"
+    assert score("scienceqa", [], references, options=proglora).accuracy == 0.0
+    assert score("vqav2", predictions[:1], references, options=proglora).total == 5, "the other tasks divide as ever"
+    assert ceiling("scienceqa", references, "coin", llava).accuracy == 100.0
 
 
 def test_scienceqa():
@@ -126,6 +166,21 @@ def test_grounding():
     assert one("grounding", "[0.41, 0.28, 0.6, 0.9]", options=untruncated, **reference) == 1
     result = score_modes("grounding", [Prediction("q", "nothing")], [Reference("q", **reference)])
     assert (result["coin"].unparsable, result["clean"].unparsable) == (1, 1)
+
+
+def test_grounding_as_for_minigpt():
+    """A wide image: its box has other numbers than in the padded square."""
+    reference = {"answer": "[0.2, 0.4, 0.4, 0.6]", "bbox": (0.2, 0.4, 0.4, 0.6), "origin_bbox": (0.2, 0.3, 0.4, 0.7)}
+    minigpt = ScoreOptions(grounding_rule="minigpt")
+    assert one("grounding", "the box is [0.2, 0.3, 0.4, 0.7].", options=minigpt, **reference) == 1.0
+    assert one("grounding", "[0.2, 0.44, 0.4, 0.56]", options=minigpt, **reference) == 0.0
+    assert one("grounding", "[0.2, 0.44, 0.4, 0.56]", "clean", minigpt, **reference) == 1.0, "the clean mode has one rule"
+    assert score("grounding", [Prediction("q", "[0.2, 0, 0.4, 0.7]")], [Reference("q", **reference)], options=minigpt).unparsable == 1
+    edge = Reference("2", "[0.0, 0.4, 0.4, 0.6]", bbox=(0.0, 0.4, 0.4, 0.6), origin_bbox=(0.0, 0.3, 0.4, 0.7))
+    assert ceiling("grounding", [Reference("1", **reference), edge], "coin", minigpt).correct == (1.0, 0.0), "a zero is passed over"
+    assert ceiling("grounding", [Reference("1", **reference), edge], "clean", minigpt).correct == (1.0, 1.0)
+    with pytest.raises(UserError, match="question_id 3: has no 'origin_answer_bbox' of four numbers, which config.evaluate.grounding_rule"):
+        score("grounding", [], [Reference("3", "[0.2, 0.4, 0.4, 0.6]")], options=minigpt)
 
 
 def test_grounding_overlap_of_exactly_one_half_is_wrong():
