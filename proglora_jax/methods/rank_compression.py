@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 
 from proglora_jax.adapters import keys, rank_pool
 from proglora_jax.core.types import CLState
+from proglora_jax.methods.rank_method import RankMethod
 from proglora_jax.methods.views import TaskInfo
 
 
-def compress(method: Any, state: CLState, info: TaskInfo, turn: rank_pool.Turn, parts: tuple[str, ...]) -> CLState:
+def compress(method: RankMethod, state: CLState, info: TaskInfo, turn: rank_pool.Turn, parts: tuple[str, ...]) -> CLState:
     """Drops ranks, moves the keys of the others toward the queries that need them, and sets the teacher up.
 
     Args:
-        method: with `integrate`, `top_ranks` and `image_weight_of` of PCLR.
+        method: PCLR.
         state: after the task's ranks have joined the pool.
         info: the task.
         turn: what it does to the pool.

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import numpy as np
 
 from proglora_jax.adapters import keys
 from proglora_jax.core.types import CLState, PyTree
+from proglora_jax.methods.rank_method import RankMethod
 from proglora_jax.methods.routing import Block, RankRouting
 
 RANKS = "ranks"
 
 
-def of_ranks(method: Any, state: CLState) -> RankRouting:
+def of_ranks(method: RankMethod, state: CLState) -> RankRouting:
     """The routing of the ranks that the pool holds; the shared ones belong to it once they take part.
 
     Args:
-        method: with `top_ranks`, `shared_ranks` and `image_weight_of` of PCLR.
+        method: PCLR.
         state: at the end of a stage.
     """
     params, memory = jax.tree.map(np.asarray, (state.params, state.memory))
