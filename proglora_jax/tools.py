@@ -118,7 +118,8 @@ def _add_check_data(verbs) -> None:
     parser = _verb(verbs, "check-data", "Walk a data root before a run: records, images, counts, lengths, leaks.", _check_data)
     parser.add_argument("root", help="data root; holds playground/ and cl_dataset/")
     parser.add_argument("--tasks", default="coin", help="a named order, or task names with commas between")
-    parser.add_argument("--instruction-set", default="Original", help="Original, Diverse, 10Type, several with commas between, or all")
+    parser.add_argument("--instruction-set", default="Original",
+                        help="Original, Diverse, 10Type, slim, slim_0.1 ..., several with commas between, or all (the first three)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="LLaVA or Vicuna folder, or 'embedded': checks lengths with its tokenizer and image size")
     source.add_argument("--tokenizer", help="folder of a tokenizer: checks lengths with it")

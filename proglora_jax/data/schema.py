@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from absl import logging
 
+from proglora_jax.data.box_text import BoxError, check_boxes, parse_box
 from proglora_jax.data.errors import UserError, raise_collected
 from proglora_jax.data.scans import BadRecord, Scan
 
 IMAGE_PLACEHOLDER = "<image>"
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
 BAD_RECORD_POLICIES = ("stop", "skip_and_count")
-_BRACKETS = re.compile(r"\[[^\[\]]*\]")
 _KNOWN_QUESTION_KEYS = frozenset({"question_id", "id", "image", "text", "answer", "size"})
 
 
@@ -86,10 +85,6 @@ class TrainRow:
     weight: float = 1.0
 
 
-class BoxError(ValueError):
-    """A reference box that is not four numbers between 0 and 1."""
-
-
 def read_json(path: str) -> object:
     """Reads one JSON file.
 
@@ -115,7 +110,8 @@ def read_json(path: str) -> object:
 
 
 def read_examples(
-    path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None, *, boxes: bool = False, on_bad: str = "stop"
+    path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None, *, boxes: bool = False, on_bad: str = "stop",
+    keep: Callable[[object], bool] | None = None,
 ) -> tuple[list[Example], int]:
     """Reads a training file.
 
@@ -131,6 +127,7 @@ def read_examples(
         boxes: whether answers are boxes: one in brackets whose corners are not four numbers between 0 and 1 is refused.
         on_bad: what becomes of records that are refused: "stop" names them in an error, "skip_and_count" leaves them out and logs
             how many, and the first of them.
+        keep: tells the records of this task from others in the same file; None where it holds no others.
 
     Returns:
         (the examples in file order, how many records were left out).
@@ -140,7 +137,7 @@ def read_examples(
     """
     if on_bad not in BAD_RECORD_POLICIES:
         raise UserError(f"config.data.on_bad_record={on_bad}: choose one of {', '.join(BAD_RECORD_POLICIES)}")
-    scan, left_out = scan_examples(path, task, image_root, image_aliases, boxes=boxes), 0
+    scan, left_out = scan_examples(path, task, image_root, image_aliases, boxes=boxes, keep=keep), 0
     if on_bad == "skip_and_count" and scan.bad and scan.records:
         left_out = len(scan.bad)
         total = len(scan.records) + len(scan.bad)
@@ -161,14 +158,15 @@ def read_questions(path: str, task: str, image_root: str, image_aliases: Mapping
 
 
 def scan_examples(
-    path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None, *, boxes: bool = False
+    path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None, *, boxes: bool = False,
+    keep: Callable[[object], bool] | None = None,
 ) -> Scan[Example]:
     """As `read_examples`, but records that cannot be read are listed, and nothing is logged.
 
     Raises:
         UserError: for a file that is no list of records.
     """
-    return _scan(path, image_root, image_aliases, lambda *args: _example(*args, task=task, boxes=boxes))
+    return _scan(path, image_root, image_aliases, lambda *args: _example(*args, task=task, boxes=boxes), keep)
 
 
 def scan_questions(path: str, task: str, image_root: str, image_aliases: Mapping[str, str] | None = None) -> Scan[Question]:
@@ -199,28 +197,8 @@ def normalise_image_path(value: str, image_root: str, image_aliases: Mapping[str
     return absolute
 
 
-def parse_box(value: object) -> tuple[float, float, float, float]:
-    """Reference box from `"[x1, y1, x2, y2]"` or a list of four numbers.
-
-    Raises:
-        BoxError: "box '[0.1, nan, 0.2, 0.3]' must be four numbers between 0 and 1"; the reader adds file and record.
-    """
-    parts = value.strip().strip("[]()").split(",") if isinstance(value, str) else value
-    message = f"box {value!r} must be four numbers between 0 and 1"
-    if not isinstance(parts, (list, tuple)) or len(parts) != 4:
-        raise BoxError(message)
-    try:
-        box = tuple(float(part) for part in parts)
-    except (TypeError, ValueError) as error:
-        raise BoxError(message) from error
-    # Two-decimal rounding in the source may put a corner a hair outside the square.
-    if not all(math.isfinite(corner) and -1e-3 <= corner <= 1 + 1e-3 for corner in box):
-        raise BoxError(message)
-    return box
-
-
-def _scan(path, image_root, image_aliases, parse) -> Scan:
-    """Applies `parse(record, position, image, notes)` to every record of the file."""
+def _scan(path, image_root, image_aliases, parse, keep=None) -> Scan:
+    """Applies `parse(record, position, image, notes)` to every record of the file that `keep` takes."""
     records = read_json(path)
     if not isinstance(records, list):
         raise UserError(f"{path}: the file must hold a JSON list of records, not {type(records).__name__}")
@@ -228,6 +206,8 @@ def _scan(path, image_root, image_aliases, parse) -> Scan:
         raise UserError(f"{path}: the file holds no records; download it again or remove the task from the config")
     scan = Scan([], [], [], Counter())
     for position, record in enumerate(records):
+        if keep is not None and not keep(record):
+            continue
         try:
             if not isinstance(record, dict):
                 raise ValueError(f"must be a JSON object, not {type(record).__name__}")
@@ -235,6 +215,8 @@ def _scan(path, image_root, image_aliases, parse) -> Scan:
             scan.positions.append(position)
         except ValueError as error:
             scan.bad.append(BadRecord(position, _id_of(record), str(error), isinstance(error, BoxError)))
+    if not scan.records and not scan.bad:
+        raise UserError(f"{path}: the file of all tasks holds no records of this task; remove the task from the config")
     return scan
 
 
@@ -275,7 +257,7 @@ def _clean(text: str) -> str:
 def _example(record: Mapping, position: int, image: str | None, notes: Counter, *, task: str, boxes: bool) -> Example:
     turns = _turns(record.get("conversations"), notes)
     if boxes:
-        _check_boxes([gpt for _, gpt in turns])
+        check_boxes([gpt for _, gpt in turns])
     first = turns[0][0]
     count = first.count(IMAGE_PLACEHOLDER)
     if image is not None and count > 1:
@@ -288,16 +270,6 @@ def _example(record: Mapping, position: int, image: str | None, notes: Counter, 
         notes["'<image>' after the first turn (removed)"] += 1
     stripped = tuple((strip_placeholder(human), gpt) for human, gpt in turns)
     return Example(_record_id(record, position, "id", "question_id"), task, image, stripped)
-
-
-def _check_boxes(answers: list[str]) -> None:
-    """Training learns a box as text, so that nothing else would ever notice a bad one."""
-    for number, answer in enumerate(answers):
-        for box in _BRACKETS.findall(answer):
-            try:
-                parse_box(box)
-            except BoxError as error:
-                raise BoxError(f"answer of turn {number}: {error}") from error
 
 
 def strip_placeholder(text: str) -> str:

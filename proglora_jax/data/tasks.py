@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.instruction_sets import FOLDERS, MULTITASK, find_set, task_of
 from proglora_jax.data.scans import Scan
 from proglora_jax.data.schema import Example, Question, Record, read_examples, read_json, read_questions, scan_examples, scan_questions
 
@@ -65,18 +66,6 @@ ORDERS: dict[str, tuple[str, ...]] = {
     "alphabet": ("GQA", "Grounding", "ImageNet", "OCRVQA", "ScienceQA", "TextVQA", "VizWiz", "VQAv2"),
 }
 
-# Folders, and suffixes of the files in them, that CoIN used for a set at one time or another; the first one found counts.
-_SET_FOLDERS: dict[str, tuple[tuple[str, str], ...]] = {
-    "Original": (("Instructions_Original", ""), ("Instructions", ""), ("Instructions_Type1", "")),
-    "Diverse": (
-        ("Instructions_Diverse", ""),
-        ("Instructions_Type2", ""),
-        ("Instructions_New", ""),
-        ("Instructions", "_new"),
-        ("Instructions_Original", "_new"),
-    ),
-    "10Type": (("Instructions_10Type", ""),),
-}
 # Other names of an image folder, taken when the usual one is not there.
 _IMAGE_ALIASES = {"ImageNet_withlabel": ("ImageNet",), "OCR-VQA": ("OCRVQA",), "COCO2014": ("COCO", "coco")}
 
@@ -133,14 +122,25 @@ class TaskData:
         return aliased if os.path.exists(aliased) else os.path.join(self.folder, file)
 
     @property
+    def train_path(self) -> str:
+        """The file with the task's training records: its own, or where there is none the one of all tasks (`Multitask/train.json`)."""
+        own, shared = self.path("train.json"), os.path.join(os.path.dirname(self.folder), MULTITASK, f"train{self.suffix}.json")
+        return shared if not os.path.exists(own) and os.path.exists(shared) else own
+
+    def _reading(self) -> dict[str, object]:
+        """How the training file is read."""
+        own = os.path.dirname(self.train_path) == self.folder
+        return {"boxes": self.answers_are_boxes, "keep": None if own else lambda record: task_of(record) == self.task.name}
+
+    @property
     def answers_are_boxes(self) -> bool:
         """Whether the task's answers are bounding boxes."""
         return self.task.scorer == "grounding"
 
     @cached_property
     def _training(self) -> tuple[list[Example], int]:
-        how = {"boxes": self.answers_are_boxes, "on_bad": self.on_bad}
-        return read_examples(self.path("train.json"), self.task.name, self.image_root, self._image_aliases(), **how)
+        aliases = self._image_aliases()
+        return read_examples(self.train_path, self.task.name, self.image_root, aliases, on_bad=self.on_bad, **self._reading())
 
     @property
     def train(self) -> list[Example]:
@@ -159,8 +159,7 @@ class TaskData:
 
     def scan_train(self) -> Scan[Example]:
         """The training file with its damage listed. Raises: UserError as `scan_examples` does."""
-        aliases = self._image_aliases()
-        return scan_examples(self.path("train.json"), self.task.name, self.image_root, aliases, boxes=self.answers_are_boxes)
+        return scan_examples(self.train_path, self.task.name, self.image_root, self._image_aliases(), **self._reading())
 
     def scan_questions(self) -> Scan[Question]:
         """The evaluation file with its damage listed. Raises: UserError as `scan_questions` does."""
@@ -189,17 +188,14 @@ def load_task(root: str, task: str, instruction_set: str = "Original", on_bad_re
     Args:
         root: holds `playground/Instructions_*` (or `Instructions_*`) and `cl_dataset`.
         task: task name.
-        instruction_set: Original, Diverse or 10Type.
+        instruction_set: Original, Diverse, 10Type, or another name of `instruction_sets`.
         on_bad_record: what becomes of training records that cannot be used, see `read_examples`.
 
     Raises:
         UserError: "<root>: no folder for task GQA of instruction set Original; looked for ..."
     """
-    row = get_task(task)
-    if instruction_set not in _SET_FOLDERS:
-        raise UserError(f"config.data.instruction_set={instruction_set}: unknown; choose one of {', '.join(_SET_FOLDERS)}")
-    looked = []
-    for name, suffix in _SET_FOLDERS[instruction_set]:
+    row, looked = get_task(task), []
+    for name, suffix in FOLDERS[find_set(instruction_set)]:
         for base in (os.path.join(root, "playground"), root):
             folder = os.path.join(base, name, row.folder)
             looked.append(folder)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.instruction_sets import wording
 from proglora_jax.data.schema import IMAGE_PLACEHOLDER, Example, Question
 
 
@@ -203,10 +204,9 @@ def instructions(instruction_set: str, task: str) -> tuple[str, ...]:
     """The instructions of a task in a set, without final punctuation.
 
     Raises:
-        UserError: "config.data.instruction_set=x: unknown; choose one of Original, Diverse, 10Type" or the same for the task.
+        UserError: "config.data.instruction_set=x: unknown; choose one of Original, Diverse, 10Type, ..." or the same for the task.
     """
-    if instruction_set not in INSTRUCTIONS:
-        raise UserError(f"config.data.instruction_set={instruction_set}: unknown; choose one of {', '.join(INSTRUCTIONS)}")
+    instruction_set = wording(instruction_set)
     if task not in INSTRUCTIONS[instruction_set]:
         raise UserError(f"task {task}: no instructions in set {instruction_set}; tasks are {', '.join(INSTRUCTIONS[instruction_set])}")
     return INSTRUCTIONS[instruction_set][task]

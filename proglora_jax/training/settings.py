@@ -53,7 +53,8 @@ class DataSettings:
         benchmark: "embedded" (drawn once into `root`) or "coin" (files that are there).
         root: folder with playground/ and cl_dataset/.
         tasks: a named order ("coin", "alphabet") or task names with commas between.
-        instruction_set: Original, Diverse or 10Type.
+        instruction_set: Original, Diverse or 10Type; slim or slim_0.1 to slim_0.8 (random parts of the first); or a name that CoIN once
+            had for one of these, see data/instruction_sets.py. A task without a train.json has its records in Multitask/train.json.
         template: conversation template.
         tokenizer_legacy: True starts every later turn of a conversation like a fresh text, which CoIN trained with; False glues it to the
             end of the turn before, as today's tokenizers do.

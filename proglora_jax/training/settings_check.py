@@ -8,10 +8,11 @@ from typing import Any
 
 from proglora_jax.core.stack import REMAT_POLICIES
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.instruction_sets import FOLDERS, set_names
 from proglora_jax.data.plan import GROUPINGS, check_buckets
 from proglora_jax.data.schema import BAD_RECORD_POLICIES
 from proglora_jax.data.tasks import TASKS
-from proglora_jax.data.templates import INSTRUCTION_SETS, TEMPLATES
+from proglora_jax.data.templates import TEMPLATES
 from proglora_jax.evaluation.published import ROWS
 from proglora_jax.evaluation.scores_rules import GROUNDING_RULES, SCIENCEQA_RULES
 from proglora_jax.models.presets import PRESETS
@@ -41,7 +42,8 @@ def check_settings(settings: Any) -> None:
         _at_least("model.unroll", model.unroll, 1),
         _one_of("data.benchmark", data.benchmark, ("embedded", "coin")),
         (bool(data.root), "data.root", repr(data.root), "name the folder that holds playground/ and cl_dataset/"),
-        _one_of("data.instruction_set", data.instruction_set, INSTRUCTION_SETS),
+        (data.instruction_set in set_names(), "data.instruction_set", repr(data.instruction_set),
+         f"must be one of {', '.join(FOLDERS)}, or one of CoIN's former folders"),
         _one_of("data.template", data.template, tuple(TEMPLATES)),
         _one_of("data.grouping", data.grouping, GROUPINGS),
         _one_of("data.remainder", data.remainder, ("drop", "wrap")),

@@ -18,6 +18,7 @@ from proglora_jax.continual.run_record import load_run
 from proglora_jax.continual.session import Session
 from proglora_jax.continual.stages import plan_stages
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.synthetic.benchmark import write_benchmark
 from proglora_jax.data.tasks import load_auxiliary, load_task
 from proglora_jax.methods.registry import METHODS, NAMES
 from proglora_jax.training.log import RunLogger
@@ -311,6 +312,24 @@ def test_multi_task_trains_once_on_the_union(here):
     assert [p.name for p in tiny_run.stage_folders(workdir)] == ["00_multi_task"]
     assert record.finished and not record.sequential and [len(row) for row in record.scoring["coin"]] == [2]
     assert record.metrics("coin").bwt is None
+
+
+def test_multi_task_from_the_file_of_all_tasks(here):
+    """CoIN's Multitask/train.json in place of the tasks' own files: the same rows, the same block."""
+    write_benchmark(str(here.root), 0, 20, 6)
+    fields = TWO | {"data__benchmark": "coin", "data__train_examples": 4, "train__batch_size": 2}
+    own = here.run("own_files", "multi_task", **fields)
+    root = here.folder / "one_file"
+    folder = root / "playground" / "Instructions_Original"
+    shutil.copytree(here.root, root)
+    files = [folder / task / "train.json" for task in ("OCRVQA", "GQA", "TextVQA")]
+    everything = [record for file in files for record in json.loads(file.read_text())]
+    (folder / "Multitask").mkdir()
+    (folder / "Multitask" / "train.json").write_text(json.dumps(everything))
+    for file in files:
+        file.unlink()
+    shared = here.run("one_file_run", "multi_task", **fields | {"data__root": str(root)})
+    assert tiny_run.differences(tiny_run.outcome(own), tiny_run.outcome(shared)) == []
 
 
 def test_zero_shot_trains_nothing(here):

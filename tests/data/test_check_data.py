@@ -65,6 +65,25 @@ def test_what_passes_loads(root, tokenizer):
         assert all(load_image(record.image, 16, mode=mode).shape == (16, 16, 3) for record in (*data.train, *data.questions))
 
 
+def test_reduced_sets_and_the_file_of_all_tasks(root):
+    """A problem in the file that tasks share belongs to the row of the task whose record it is; a reduced set has no sizes to keep to."""
+    slim = root / "playground" / "Instructions_slim_0.2"
+    shutil.copytree(root / "playground" / "Instructions_Original", slim)
+    everything = []
+    for task in TASKS.values():
+        everything += json.loads((slim / task.folder / "train.json").read_text())
+        (slim / task.folder / "train.json").unlink()
+    broken = next(record for record in everything if record.get("image", "").startswith("VizWiz"))
+    broken["conversations"] = []
+    everything.append("no record")
+    write_json(str(slim / "Multitask" / "train.json"), everything)
+    findings = check(root, instruction_sets=("slim_0.2",), counts="published")
+    assert findings.counts == {"schema": 2}
+    assert {row.task: dict(row.problems) for row in findings.rows if row.problems} == {"VizWiz": {"schema": 1}, "ScienceQA": {"schema": 1}}
+    assert [row.train.records for row in findings.rows] == [7] + [6] * 7
+    assert check(root, instruction_sets=("Type1",)).ok
+
+
 def test_workers_change_nothing(root):
     os.remove(image_path(root, "GQA"))
     open(image_path(root, "VQAv2"), "wb").close()

@@ -9,7 +9,8 @@ import pytest
 from data_fixtures import conversation, write_json
 
 from proglora_jax.data.errors import UserError
-from proglora_jax.data.schema import normalise_image_path, parse_box, read_examples, read_questions
+from proglora_jax.data.box_text import parse_box
+from proglora_jax.data.schema import normalise_image_path, read_examples, read_questions
 
 
 @pytest.fixture

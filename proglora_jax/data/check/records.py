@@ -7,14 +7,15 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from proglora_jax.data.box_text import BoxError, parse_box
 from proglora_jax.data.check.counts import Expected, count_problems
-from proglora_jax.data.check.findings import FileRow, Findings
+from proglora_jax.data.check.findings import FileRow, Findings, Problem
 from proglora_jax.data.check.images import ImageUses
 from proglora_jax.data.check.progress import progress
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.rows import why_unsupervised
 from proglora_jax.data.scans import Scan
-from proglora_jax.data.schema import BoxError, Example, Question, parse_box
+from proglora_jax.data.schema import Example, Question
 from proglora_jax.data.tasks import TaskData, read_auxiliary_file
 from proglora_jax.data.templates import bare_question
 from proglora_jax.data.tokens import Encoded, Encoder
@@ -39,6 +40,7 @@ class SeenFile:
         questions: hash of each question without its instruction.
         sizes: {readable record: image size that the record claims}.
         auxiliary: paths of the auxiliary files that belong to it.
+        problems: a training file's: what was found in it for this task.
     """
 
     path: str = ""
@@ -49,6 +51,7 @@ class SeenFile:
     questions: array = field(default_factory=lambda: array("q"))
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     auxiliary: tuple[str, ...] = ()
+    problems: list[Problem] = field(default_factory=list)
 
     def add(self, record: Example | Question, position: int, uses: ImageUses, texts: Sequence[str]) -> None:
         """Keeps a record's image and the hashes of its questions."""
@@ -75,7 +78,7 @@ class RecordChecker:
 
     def check_train(self, data: TaskData, row: FileRow, expected: Expected | None) -> SeenFile:
         """Checks a task's training file and fills its row."""
-        seen = SeenFile(data.path("train.json"))
+        seen = SeenFile(data.train_path)
         scan = self._scan(data.scan_train, seen.path, stops=False)  # config.data.on_bad_record
         if scan is None:
             return seen

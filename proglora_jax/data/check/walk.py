@@ -11,9 +11,9 @@ from proglora_jax.data.check.images import IMAGE_KINDS, ImageState, ImageUses, l
 from proglora_jax.data.check.progress import progress
 from proglora_jax.data.check.records import RecordChecker, ReferenceCheck, SeenFile, leaked_questions, shared_images
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.instruction_sets import FOLDERS, REDUCED, find_set, set_names
 from proglora_jax.data.scans import record_name
 from proglora_jax.data.tasks import load_task, task_order
-from proglora_jax.data.templates import INSTRUCTION_SETS
 from proglora_jax.data.tokens import Encoder
 
 # What content hashes say of a text-only record: no picture has this one, it does not fit into 64 bits.
@@ -39,7 +39,7 @@ def check_data(
         instruction_sets: which files; images that several share are decoded once.
         encoder: how text becomes tokens; None leaves lengths unchecked.
         references: finds questions that could not be scored (`evaluation.evaluator.reference_problems`); None leaves them unchecked.
-        counts: "published" compares the number of records with the benchmark's, "any" does not.
+        counts: "published" compares the number of records with the benchmark's (not of reduced sets), "any" does not.
         workers: threads that decode; 0 for one per core.
 
     Returns:
@@ -58,8 +58,9 @@ def check_data(
     # ---- records
     with progress("records", 2 * len(names) * len(instruction_sets), "files") as tick:
         for instruction_set in instruction_sets:
+            known = {} if find_set(instruction_set) in REDUCED else expected
             for name in names:
-                walked.append(_walk_task(checker, root, name, instruction_set, expected.get(name, (None, None)), tick))
+                walked.append(_walk_task(checker, root, name, instruction_set, known.get(name, (None, None)), tick))
 
     # ---- images, each once
     with progress("images", len(uses.paths), "images") as tick:
@@ -77,9 +78,9 @@ def check_data(
 def _check_arguments(root: str, instruction_sets: Sequence[str], counts: str, workers: int) -> None:
     if not os.path.isdir(root):
         raise UserError(f"{root}: no such folder; give the folder that holds playground/ and cl_dataset/")
-    unknown = [name for name in instruction_sets if name not in INSTRUCTION_SETS]
+    unknown = [name for name in instruction_sets if name not in set_names()]
     if unknown or not instruction_sets:
-        raise UserError(f"--instruction-set {','.join(unknown)}: unknown; choose from {', '.join(INSTRUCTION_SETS)}, or all")
+        raise UserError(f"--instruction-set {','.join(unknown)}: unknown; choose from {', '.join(FOLDERS)}, or all")
     if counts not in COUNT_MODES:
         raise UserError(f"--counts {counts}: choose one of {', '.join(COUNT_MODES)}")
     if workers < 0:
@@ -101,7 +102,9 @@ def _walk_task(checker: RecordChecker, root: str, name: str, instruction_set: st
         row.problems["file"] += 1
         tick(2)
         return row, SeenFile(), SeenFile()
+    before = len(checker.findings.problems)
     train = checker.check_train(data, row.train, expected[0])
+    train.problems = checker.findings.problems[before:]
     tick(1)
     questions = checker.check_questions(data, row.questions, expected[1])
     tick(1)
@@ -141,5 +144,7 @@ def _fill_row(findings: Findings, row: TaskRow, train: SeenFile, questions: Seen
     used = {number for seen in (train, questions) for number in seen.images if number >= 0}
     row.images = len(used)
     row.problems.update(states[number].kind for number in used if states[number].kind)
-    files = {train.path, questions.path, *questions.auxiliary} - {""}
-    row.problems.update(p.kind for p in findings.problems if p.file in files and p.kind not in IMAGE_KINDS)
+    files = {questions.path, *questions.auxiliary} - {""}
+    # Of the training file only its own ones: tasks may share it (Multitask/train.json).
+    own = [*train.problems, *(problem for problem in findings.problems if problem.file in files)]
+    row.problems.update(problem.kind for problem in own if problem.kind not in IMAGE_KINDS)
