@@ -1,9 +1,10 @@
 """Asks a stage's model the questions of a task, keeps every raw answer, and scores them; goes on where a killed run stopped.
 
-    answers/<Task>.partial.jsonl   a header, then one line per answered question, each with a checksum; appended batch by batch
+    answers/<Task>.partial.jsonl   a header, then one line per answered question, each with a checksum; appended batch by batch;
+                                   "blank" says that the question's image could not be read
     answers/<Task>.jsonl           the same, complete
-    scores/<Task>.json             accuracy in both modes, mean gates, and what was asked and how it was scored: the hashes of questions,
-                                   references and answers, the rules of scoring
+    scores/<Task>.json             accuracy in both modes, mean gates, how many images stood blank, and what was asked and how it was
+                                   scored: the hashes of questions, references and answers, the rules of scoring
 
 Where a task is asked a second time with images prepared in another way, that way follows its name (ImageNet_pad.jsonl).
 """
@@ -23,10 +24,12 @@ import jax
 import numpy as np
 
 from proglora_jax.checkpoints.integrity import atomic_write_json, read_json, sha256_of_file
+from proglora_jax.continual.blank_images import blank_questions
 from proglora_jax.continual.session import Session
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import CLState
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.images import ImageLoader
 from proglora_jax.data.pipeline import eval_batches
 from proglora_jax.data.schema import Question
 from proglora_jax.data.tasks import TASKS
@@ -72,11 +75,13 @@ def evaluate_task(
     if known is not None:
         return known, True
     began = time.monotonic()
-    texts, gates = _answers(session, state, header, task_id, questions, answers)
+    entries = _answers(session, state, header, task_id, questions, answers)
+    texts = {index: row["text"] for index, row in entries.items()}
     result = score_answers(TASKS[name].scorer, texts, questions, auxiliary, options)
     result |= {
-        "task": name, "asked": asked, "answers_sha256": sha256_of_file(answers) if session.chief else "", "gates": gates,
-        "seconds": time.monotonic() - began, "image_mode": header["image_mode"],
+        "task": name, "asked": asked, "answers_sha256": sha256_of_file(answers) if session.chief else "",
+        "gates": _mean_gates(entries), "seconds": time.monotonic() - began, "image_mode": header["image_mode"],
+        "blank_images": len({questions[index].image for index, row in entries.items() if row.get("blank")}),
     }
     if session.chief:
         atomic_write_json(path, result, checksum=True)
@@ -131,17 +136,20 @@ def _file_name(name: str, images: str) -> str:
     return f"{name}_{images}" if images else name
 
 
-def _answers(session: Session, state: CLState, header: dict[str, Any], task_id: int, questions: list[Question], path: Path):
-    """Answers of all questions, by index, and the mean gate of each block; generated from where the partial file ends."""
+def _answers(
+    session: Session, state: CLState, header: dict[str, Any], task_id: int, questions: list[Question], path: Path
+) -> dict[int, dict[str, Any]]:
+    """The lines of all questions by index, generated from where the partial file ends."""
     evaluate, name = session.settings.evaluate, header["task"]
+    loader = session.eval_loader(header["image_mode"])
     batches = eval_batches(
-        questions, session.encoder, session.eval_loader(header["image_mode"]), batch_size=evaluate.batch_size, task_id=task_id,
+        questions, session.encoder, loader, batch_size=evaluate.batch_size, task_id=task_id,
         lengths=evaluate.prompt_lengths, process_index=jax.process_index(), process_count=jax.process_count(),
     )
     partial = path.with_suffix(".partial.jsonl")
     entries = read_answers(path, header) if path.exists() else {}
     if len(entries) == len(questions):
-        return _texts(entries), _mean_gates(entries)
+        return entries
     entries = read_answers(partial, header)
     first = 0
     while first < len(batches) and all(index in entries for index in batches.members(first)):
@@ -154,7 +162,7 @@ def _answers(session: Session, state: CLState, header: dict[str, Any], task_id: 
         prepared, told = batches.batches(first, session.settings.data.threads), Round(session.stop)
         for number in range(first, len(batches)):
             batch = told.next(prepared, lambda number=number: batches.blank(number))
-            rows = _rows(session, questions, generate, state, batch, told)
+            rows = _rows(session, questions, loader, generate, state, batch, told)
             entries |= {row["index"]: row for row in rows}
             if file is not None:
                 file.write("".join(_line(row) for row in rows))
@@ -166,27 +174,26 @@ def _answers(session: Session, state: CLState, header: dict[str, Any], task_id: 
     if file is not None:
         file.close()
         os.replace(partial, path)
-    return _texts(entries), _mean_gates(entries)
+    return entries
 
 
-def _rows(session: Session, questions: list[Question], generate, state: CLState, batch, told: Round) -> list[dict[str, Any]]:
+def _rows(
+    session: Session, questions: list[Question], loader: ImageLoader, generate, state: CLState, batch, told: Round
+) -> list[dict[str, Any]]:
     out = generate(state.params, state.memory, session.llava, meshes.put_batch(batch, session.mesh), state.stage)
     out = {name: np.asarray(value) for name, value in out.items()}
     if told.hear(out):  # the rows of a batch that one process could not read are left out together
         raise told.failure()
-    rows = []
-    for row in np.flatnonzero(out["valid"]):
+    rows, answered = [], np.flatnonzero(out["valid"])
+    blank = blank_questions((questions[int(out["example"][row])].image for row in answered), loader)
+    for row, is_blank in zip(answered, blank):
         index, count = int(out["example"][row]), int(out["count"][row])
         text = session.encoder.tokenizer.decode(out["tokens"][row, :count].tolist()).strip()
         rows.append({
             "index": index, "question_id": questions[index].id, "prompt": questions[index].text, "text": text,
             "hit_cap": bool(out["hit_cap"][row]), "gates": [round(float(gate), 6) for gate in out["gates"][row]],
-        })
+        } | ({"blank": True} if is_blank else {}))
     return rows
-
-
-def _texts(entries: dict[int, dict]) -> dict[int, str]:
-    return {index: row["text"] for index, row in entries.items()}
 
 
 def _mean_gates(entries: dict[int, dict]) -> list[float]:

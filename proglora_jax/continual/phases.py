@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 
 from proglora_jax.checkpoints.stage import find_newest, load_checkpoint, load_records, save_checkpoint
+from proglora_jax.continual.blank_images import BlankRows
 from proglora_jax.continual.feature_data import FeatureBatches, plan_rows
 from proglora_jax.continual.session import Session
 from proglora_jax.continual.stage_data import StageData, open_iterator, stage_data
@@ -34,18 +35,19 @@ Batches = TrainIterator | FeatureBatches
 
 @dataclasses.dataclass(frozen=True)
 class _PhaseData:
-    """What a phase trains on: batches, their number, names for messages, and whether replayed rows have a mean of their own."""
+    """What a phase trains on: batches, their number, names for messages, blank images, and whether replayed rows have their own mean."""
 
     batches: Batches
     steps: int
     example_name: Callable[[int, int], str]
+    blank: BlankRows
     separate: bool = False
 
 
 def run_phases(
     session: Session, stage: Stage, stages: tuple[Stage, ...], info: TaskInfo, own: EncodedRows, state: CLState, probe: Probe, *,
     origin: str,
-) -> tuple[CLState, float]:
+) -> tuple[CLState, float, int]:
     """Trains the phases of a stage, each from its beginning or from the newest progress that can be trusted.
 
     Args:
@@ -59,9 +61,9 @@ def run_phases(
         origin: names what the stage began with.
 
     Returns:
-        (state after the last phase, seconds of training).
+        (state after the last phase, seconds of training, how many images stood blank in it: distinct ones, replayed ones included).
     """
-    method, seconds = session.method, 0.0
+    method, seconds, blank = session.method, 0.0, set()
     phases = method.phases(info)
     shown = method.trainable_mask(state, info)
     for place, phase in enumerate(phases):
@@ -75,8 +77,9 @@ def run_phases(
             data = _phase_data(session, stage, info, own, state, phase, place, probe)
             state, passed = _run_phase(session, stage, stages, phase, place, len(phases), data, state, mask, origin)
             seconds += passed
+            blank |= data.blank.images()
         state = method.after_phase(state, info, phase, probe)
-    return state, seconds
+    return state, seconds, len(blank)
 
 
 def _phase_data(
@@ -85,7 +88,8 @@ def _phase_data(
     if not phase.features:
         data: StageData = stage_data(session, stage, own, session.method.replay(info), phase, place)
         names = {(row.task_id, row.index): f"{row.example.task} record {row.example.id}" for row in data.rows.rows}
-        return _PhaseData(open_iterator(session, data), len(data.plan), lambda *row: names[row], data.separate)
+        blank = BlankRows(data.rows, data.plan.rows, session.train_loader)
+        return _PhaseData(open_iterator(session, data), len(data.plan), lambda *row: names[row], blank, data.separate)
     count = min(len(own), phase.rows or len(own))
     numbers = np.sort(replays.replay_indices(len(own), count, info.seed, info.name))
     features = probe(state, numbers)[phase.features]
@@ -94,7 +98,8 @@ def _phase_data(
     size = max(ways, size // ways * ways)
     plan = plan_rows(count, size, phase.epochs or train.epochs, train.max_steps, session.settings.run.seed * 1000 + stage.number)
     names = {int(number): own.describe(int(number)) for number in numbers}
-    return _PhaseData(FeatureBatches(features, numbers, plan, stage.index), len(plan), lambda task, number: names[number])
+    blank = BlankRows(own, numbers, session.train_loader)
+    return _PhaseData(FeatureBatches(features, numbers, plan, stage.index), len(plan), lambda task, number: names[number], blank)
 
 
 def _run_phase(
@@ -106,7 +111,7 @@ def _run_phase(
     trainable, frozen = trees.partition(state.params, mask)
     begin = start_phase(trainable, settings.train, session.mesh, state.carry.get("running"))
     folder = stage.folder(session.workdir) / PROGRESS
-    spent = _resume(session, folder, phase, origin, begin, data.batches)
+    spent = _resume(session, folder, phase, origin, begin, data)
     if begin.step == data.steps and not last:  # done before the run was killed in a later phase, whose record must stay
         return _ended(state, frozen, begin), spent
     session.logger.rewind(stage.number, phase.name, begin.step)
@@ -121,7 +126,8 @@ def _run_phase(
     plan = PhasePlan(stage.index, data.steps, seed, data.example_name, settings.run.checkpoint_every_steps, stage.name, phase)
 
     def save(now: PhaseState) -> None:
-        record = {"step": now.step, "phase": phase.name, "origin": origin, "loss": now.loss, "seconds": time.monotonic() - began}
+        record = {"step": now.step, "phase": phase.name, "origin": origin, "loss": now.loss, "seconds": time.monotonic() - began,
+                  "blank": data.blank.numbers()}
         path = folder / f"{phase.name}_{now.step:07d}"
         save_checkpoint(path, _changed(now), {"meta": record, "iterator": _position(data.batches, now.step)})
         for old in sorted(folder.glob(f"{phase.name}_*[0-9]"))[:-2] if session.chief else ():
@@ -154,8 +160,9 @@ def _position(batches: Batches, step: int) -> dict[str, Any]:
     return batches.get_state() | {"next_index": step}
 
 
-def _resume(session: Session, folder: Path, phase: Phase, origin: str, state: PhaseState, batches: Batches) -> float:
-    """Takes up the newest intact progress of a phase into `state` and the iterator; returns the seconds it had taken."""
+def _resume(session: Session, folder: Path, phase: Phase, origin: str, state: PhaseState, data: _PhaseData) -> float:
+    """Takes up the newest intact progress of a phase into `state` and `data`; returns the seconds it had taken."""
+    batches = data.batches
     path, skipped = find_newest(folder, f"{phase.name}_*", clean=session.chief)
     for damaged, reason in skipped:
         logging.warning("Progress %s is skipped: %s", damaged.name, reason)
@@ -184,5 +191,6 @@ def _resume(session: Session, folder: Path, phase: Phase, origin: str, state: Ph
     for name, tree in loaded.items():
         setattr(state, name, tree)
     state.step, state.loss = records["meta"]["step"], records["meta"]["loss"]
+    data.blank.restore(records["meta"].get("blank", ()))
     session.logger.message(f"resumed after step {state.step} of phase {phase.name}, where the loss was {state.loss:.6g}")
     return float(records["meta"]["seconds"])

@@ -69,7 +69,7 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
     tasks, run, other = session.tasks, session.settings.run, session.settings.evaluate.also_image_mode
     matrix: dict[str, list] = {mode: [] for mode in (*MODES, *(with_images(mode, other) for mode in MODES if other))}
     gates: dict[int, dict[str, list[float]]] = {}
-    counts, seconds, read, ceilings = [], [], [], {}
+    counts, seconds, read, blank, ceilings = [], [], [], [], {}
     for stage in stages:
         folder = stage.folder(session.workdir)
         scored = {task: _read(scores_file(folder, tasks[task])) for task in stage.evaluate}
@@ -89,8 +89,9 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
         meta = _read(folder / FINAL / "meta.json", checksum=False) or {}
         counts.append(meta.get("trainable", {}))
         read.append(meta.get("data", {}))
-        twice = [score for task, score in again.items() if score is not None and images[task]]
-        spent = sum(score["seconds"] for score in (*known.values(), *twice))
+        twice = {f"{tasks[task]}_{images[task]}": score for task, score in again.items() if score is not None and images[task]}
+        blank.append({name: score["blank_images"] for name, score in (known | twice).items() if score.get("blank_images")})
+        spent = sum(score["seconds"] for score in (known | twice).values())
         seconds.append({"train": meta.get("seconds", {}).get("train", 0.0), "evaluate": spent})
     settings = {"learning rate": session.settings.train.learning_rate, "batch size": session.settings.train.batch_size,
                 "instruction set": session.settings.data.instruction_set, "protocol": run.protocol}
@@ -102,6 +103,7 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
     return RunRecord(
         method=session.method.name, seed=run.seed, tasks=tasks, scoring=matrix, gates=gates, isolated=_isolated(session, matrix),
         baselines={"score of the references themselves": ceilings} if ceilings else {}, counts=counts, seconds=seconds, data=read,
+        blank_images=blank,
         command=_command(session.workdir), versions=versions(), config_hash=config_hash(session.workdir),
         benchmark="coin_mini" if session.settings.data.benchmark == "embedded" else "CoIN", settings=settings,
     )

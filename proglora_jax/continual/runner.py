@@ -86,18 +86,21 @@ def _train_stage(
     counts = _announce(session, stage, stages, shapes.StageShapes(info, state, mask), alike)
 
     # ---- phases
+    seconds, read = 0.0, {}
     if own:
-        state, seconds = run_phases(session, stage, stages, info, own, state, probe, origin=before.digest if before else session.base)
+        state, seconds, blank = run_phases(
+            session, stage, stages, info, own, state, probe, origin=before.digest if before else session.base)
         state = method.end_task(state, info, probe)
-    else:
-        seconds = 0.0
+        read = {"rows": len(own)} | own.counts | {"blank_images": blank}
+        if blank:
+            session.logger.message(f"{stage.name}: {blank} image(s) could not be read; a blank one stood for each of them in training")
 
     # ---- checkpoint
     tree = meshes.to_host(method.to_disk(state)) | {"embedding": {f"task_{stage.index:02d}": embedding}}
     digest = trees.digest(tree)
     meta = results.stage_meta(session, stage, digest, before.digest if before else "", counts, {
         "train": seconds, "stage": time.monotonic() - began}, alike if embedding else np.zeros(0, np.float32)) | {
-        "encoders": encoders, "data": {"rows": len(own)} | own.counts if own else {}}
+        "encoders": encoders, "data": read}
     save_checkpoint(folder / FINAL, {"adapter": tree}, {"meta": meta})
     session.logger.event("stage_trained", digest=digest, seconds=seconds)
     merged = trees.merge(before.tree if before else {}, tree)
@@ -145,6 +148,8 @@ def _evaluate_stage(session: Session, stage: Stage, done: Finished) -> None:
         result, known = evaluate_task(session, state, done.digest, task, stage.local(task), folder, images)
         shown = ", ".join(f"{mode} {value:.2f}" for mode, value in result["accuracy"].items())
         session.logger.message(f"after stage {stage.number + 1} {stage.name}: {name} {shown}{way}")
+        if result.get("blank_images"):
+            session.logger.message(f"{name}: {result['blank_images']} image(s) could not be read; a blank one stood for each of them")
         lost = {mode: value for mode, value in result["ceiling"].items() if value < 100.0}
         if lost and not known and not images:
             listed = ", ".join(f"{mode} {value:.2f}" for mode, value in lost.items())

@@ -138,6 +138,11 @@ class Round:
 
 def asked_to_stop(stop: Any) -> bool:
     """Whether any process was asked to stop; all processes must ask at the same point."""
+    return bool(in_any_process(np.asarray(stop.requested)))
+
+
+def in_any_process(holds: np.ndarray) -> np.ndarray:
+    """bool[...] whether something holds in any process, element by element; all processes must ask at the same point."""
     if jax.process_count() == 1:
-        return stop.requested
-    return bool(np.max(multihost_utils.process_allgather(np.int32(stop.requested))))
+        return holds
+    return np.any(multihost_utils.process_allgather(holds), axis=0)

@@ -69,7 +69,8 @@ class DataSettings:
         remainder: "drop" or "wrap" the last partial batch of an epoch.
         on_bad_record: "stop", or "skip_and_count" to leave training records out that cannot be read, or whose box is not four numbers
             from 0 to 1; questions are never left out.
-        on_bad_image: "raise", or "blank" to put the mean colour in its place and count it.
+        on_bad_image: "raise", or "blank" to put the mean colour in its place; how many images that were, in training and in the questions
+            of each task, stands in results.json and in the report.
         on_unsupervised: "raise", or "drop" records without a supervised token and count them.
         empty_answer: "drop" leaves a turn with an empty answer out, "eos" supervises its end alone.
         threads: reader threads.

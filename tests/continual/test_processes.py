@@ -26,6 +26,7 @@ from proglora_jax.continual.similarity import task_embedding
 from proglora_jax.continual.similarity_encoders import open_encoders
 from proglora_jax.continual.stage_data import own_rows
 from proglora_jax.continual.stages import plan_stages
+from proglora_jax.data.synthetic.benchmark import write_benchmark
 from proglora_jax.training.settings import from_config
 
 ROOT = Path(__file__).parents[2]
@@ -192,6 +193,26 @@ def test_a_picture_that_cannot_be_embedded_ends_all_processes(place, encoders):
     finally:
         picture.write_bytes(kept)
     assert "Traceback" not in team.text() and f"{picture}: cannot be read as an image" in team.text()
+
+
+def test_blank_images_are_counted_wherever_they_were_read(place):
+    """Two processes read every other row each; the report has the images of both."""
+    write_benchmark(str(place.folder / "data"), 0, 20, 6)
+    kept = {path: path.read_bytes() for path in images(place)}  # of the questions too
+    for path in kept:
+        path.write_bytes(b"no image")
+    fields = {"data__tasks": "TextVQA", "data__on_bad_image": "blank"}
+    workdir = place.folder / "blank"
+    try:
+        team = Team(place, workdir, 2, **fields)
+        assert team.wait(120) == [0, 0], team.text()
+    finally:
+        for path, content in kept.items():
+            path.write_bytes(content)
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["data"][0]["blank_images"] == 20 and results["blank_images"] == [{"TextVQA": 6}]
+    seen = [len(re.findall("A blank image stands in", team.text(number))) for number in range(2)]
+    assert max(seen) < 26 <= sum(seen), "neither process has read them all"
 
 
 def same(workdir: Path, alone: Path, tasks: int = 2) -> None:

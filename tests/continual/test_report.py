@@ -40,6 +40,7 @@ def record(stages=8, **changes):
         "counts": [{"pool block": 39976960, "key": 4096}] * stages,
         "seconds": [{"train": 187.0, "evaluate": 42.0}] * stages,
         "data": [{"rows": 1200 + stage, "bad_records": 2 * (stage == 5), "truncated": 0} for stage in range(stages)],
+        "blank_images": [{}] * stages,
         "command": "python -m proglora_jax.main --config configs/coin.py",
         "versions": {"jax": "0.10.2"},
         "config_hash": "1a2b3c",
@@ -100,6 +101,17 @@ def test_full_report(tmp_path):
     for name in named:
         with Image.open(tmp_path / name) as image:
             assert image.format == "PNG" and min(image.size) > 200
+
+
+def test_blank_images_are_told_where_there_are_any(tmp_path):
+    assert "blank" not in written(record(), tmp_path)[0]
+    data = [{"rows": 9, "blank_images": 3 * (stage == 1)} for stage in range(3)]
+    run = record(3, data=data, blank_images=[{}, None, {"TextVQA": 1200, "ImageNet_pad": 1}])
+    text = written(run, tmp_path)[0]
+    assert load_run(tmp_path) == run
+    assert re.search(r"\| stage +\| rows +\| unreadable images, blank +\|", text) and re.search(r"\| 2 TextVQA +\| +9 +\| +3 +\|", text)
+    assert "Images without which questions were asked" in text
+    assert re.search(r"\| 3 ImageNet +\| +TextVQA +\| +1,200 +\|\n\| 3 ImageNet +\| +ImageNet_pad +\| +1 +\|", text)
 
 
 def test_html_is_self_contained(tmp_path):
