@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_export import world  # noqa: F401 (a fixture)
+from tiny_run import here  # noqa: F401 (a fixture)
 
 from proglora_jax import tools
 from proglora_jax.continual import predict
 from proglora_jax.continual.predict import Prediction, describe
 from proglora_jax.continual.trained import open_trained
+from proglora_jax.data.tasks import load_task
 from proglora_jax.methods.moelora import MoELoRA
 
 
@@ -128,3 +130,27 @@ def test_the_tokenizer_is_read_as_the_run_read_it(world, legacy):  # noqa: F811
     config = {**trained.config, "data": {**trained.config["data"], "tokenizer_legacy": legacy}}
     encoder, _ = predict.prompting(dataclasses.replace(trained, config=config), world.source)
     assert encoder.tokenizer.legacy is legacy
+
+
+def test_a_finished_run_of_the_embedded_model_answers_as_it_did(here, capsys, tmp_path, monkeypatch):  # noqa: F811
+    """From the workdir alone: a stage gives the answers and gates of its own evaluation; an earlier one takes a question of one's own."""
+    root = here.folder / "embedded_data"
+    small = {"data__tasks": "TextVQA,OCRVQA", "train__max_steps": 3, "data__embedded_train_size": 8, "data__embedded_test_size": 4,
+             "evaluate__batch_size": 4}
+    workdir = here.run("embedded_model", model__path="embedded", data__root=str(root), **small)
+    assert json.loads((workdir / "config.json").read_text())["config"]["model"]["path"] == "embedded"
+    monkeypatch.chdir(tmp_path)
+    questions = load_task(str(root), "TextVQA").questions
+    asked = [json.dumps({"question": question.text, "image": question.image}) for question in questions]
+    (tmp_path / "asked.jsonl").write_text("\n".join(asked))
+    lines = (workdir / "stages" / "01_ocrvqa" / "answers" / "TextVQA.jsonl").read_text().splitlines()[1:]
+    then = {row["index"]: row for row in map(json.loads, lines)}
+    now = [json.loads(line) for line in said(capsys, workdir, "--questions", "asked.jsonl", "--json").splitlines()]
+    assert [line["answer"] for line in now] == [then[index]["text"] for index in range(4)] and any(line["answer"] for line in now)
+    for index, line in enumerate(now):
+        assert list(line["gates"]) == ["TextVQA", "OCRVQA"] and line["stage"] == "01_ocrvqa"
+        np.testing.assert_allclose(list(line["gates"].values()), then[index]["gates"], atol=1e-5)
+    first = ("--question", "What word is on the sign?", "--image", questions[0].image, "--instruction", "TextVQA", "--stage", "textvqa")
+    out = said(capsys, workdir, *first)
+    assert out.startswith("proglora_dynamic, stage 00_textvqa\n") and "\nanswer    " in out
+    assert re.findall(r"^  (\w+) +1.000 ", out, re.MULTILINE) == ["TextVQA"]
