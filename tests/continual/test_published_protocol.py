@@ -14,10 +14,12 @@ from test_original_layout import take_apart
 from tiny_run import here  # noqa: F401 (a fixture)
 
 from proglora_jax import main, tools
+from proglora_jax.continual import stage_data
 from proglora_jax.continual.answering import read_answers
 from proglora_jax.continual.predict import Predictor
 from proglora_jax.continual.torch_check_gates import load_module
 from proglora_jax.continual.trained import open_trained
+from proglora_jax.data.images import ImageLoader
 from proglora_jax.data.synthetic.benchmark import write_benchmark
 from proglora_jax.data.tasks import load_task, task_order
 from proglora_jax.training.config_file import load_config
@@ -102,3 +104,41 @@ def test_the_other_instruction_sets(here, parts, capsys, templates):  # noqa: F8
     torch.set_num_threads(1)
     assert tools.main(["convert", "to-hf", str(workdir), "--kind", "merged", "--out", str(out)]) == 0
     assert "reloaded in torch: logits differ by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("templates", ["Diverse", "10Type"])
+def test_a_sequence_with_another_instruction_set_and_images_as_coin_prepares_them(here, parts, monkeypatch, templates):  # noqa: F811
+    """Stage after stage trains on the set's records; questions are the set's, and cropped for the tasks that CoIN's scripts crop."""
+    taught, prepared = {}, []
+    encode, prepare = stage_data.encode_rows, ImageLoader.pixels
+
+    def encode_and_note(rows, *rest):
+        taught.setdefault(rows[0].example.task, []).extend(row.example for row in rows)
+        return encode(rows, *rest)
+
+    monkeypatch.setattr(stage_data, "encode_rows", encode_and_note)
+    monkeypatch.setattr(ImageLoader, "pixels", lambda self, path: prepared.append((path, self.mode)) or prepare(self, path))
+    tasks = ("ScienceQA", "GQA", "Grounding")
+    workdir = run(here, parts, f"method=lora,templates={templates}", **{"data.tasks": ",".join(tasks), "evaluate.image_mode": "coin"})
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["tasks"] == list(tasks) and [len(row) for row in results["scoring"]["coin"]] == [1, 2, 3]
+    assert results["settings"]["instruction set"] == templates
+
+    asked_in, trained = set(prepared), open_trained(workdir)
+    predictor = Predictor(trained, trained.backbone()[0])
+    for task, mode in zip(tasks, ("crop", "pad", "crop")):
+        mine, original = (load_task(str(here.root), task, name) for name in (templates, "Original"))
+        same = templates == "Diverse" and task != "GQA"  # in the others these two sets ask alike
+        assert taught[task] == mine.train and (mine.train == original.train) == same
+        assert {(example.image, "pad") for example in mine.train if example.image} <= asked_in, "training pads everything"
+        assert {(question.image, mode) for question in mine.questions if question.image} <= asked_in
+        if mode == "crop":
+            assert not {(question.image, "pad") for question in mine.questions if question.image} & asked_in
+        folder = workdir / "stages" / "02_grounding"
+        lines = [json.loads(line) for line in (folder / "answers" / f"{task}.jsonl").read_text().splitlines()]
+        answers = {line["index"]: line for line in lines[1:]}
+        assert lines[0]["image_mode"] == json.loads((folder / "scores" / f"{task}.json").read_text())["image_mode"] == mode
+        assert [answers[index]["prompt"] for index in range(2)] == [question.text for question in mine.questions]
+        assert (mine.questions == original.questions) == same
+        found = predictor(mine.questions, 0, image_mode=mode)
+        assert [answer.answer for answer in found] == [answers[index]["text"] for index in range(2)]
