@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -130,22 +131,45 @@ class Llama(nnx.Module):
         positions: jax.Array | None = None,
     ) -> Output:
         """Runs whole sequences: a training step, or prefill when `cache_size` is not 0; arguments as in `Llava.decode`."""
-        text, rotation = self.config, rope_tables(jnp.arange(x.shape[1])[None], self.config.head_dim, self.config.rope_theta)
-        layers, cuts = text.num_hidden_layers, positions is not None and _by_position(adapter, cache_size)
-        fixed, trained = _scanned(adapter)
-        cache = None
+        text, cache = self.config, None
         if cache_size:
-            store = jnp.zeros((layers, x.shape[0], cache_size, text.num_key_value_heads, text.head_dim), x.dtype)
+            store = jnp.zeros((text.num_hidden_layers, x.shape[0], cache_size, text.num_key_value_heads, text.head_dim), x.dtype)
             cache = Cache(store, store)
+        attend = lambda cache, index, only: _attend_full(length, cache, index, only, settings)
+        return self._many(x, cache, attend, jnp.arange(x.shape[1]), adapter, remat, settings, positions)
+
+    def extend(
+        self, x: jax.Array, *, cache: Cache, start: int, adapter: Adapter | None, settings: Settings, positions: jax.Array | None = None
+    ) -> Output:
+        """Runs several new positions per row, from index `start` on, on a cache that holds those before; as in `Llava.decode`."""
+        own = start + jnp.arange(x.shape[1])
+        return self._many(x, cache, partial(_attend_extend, start=start), own, adapter, "none", settings, positions)
+
+    def _many(
+        self, x: jax.Array, cache: Cache | None, attend: Callable, indices: jax.Array, adapter: Adapter | None, remat: str,
+        settings: Settings, positions: jax.Array | None,
+    ) -> Output:
+        """Runs several positions per row through all layers.
+
+        Args:
+            x, adapter, remat, settings, positions: as in `Llava.decode`.
+            cache: where keys and values go; None keeps none.
+            attend: (cache, index of the layer, the `positions` that have queries or None) -> what a layer's `attend` is.
+            indices: i32[T], where the positions lie in their sequences.
+        """
+        rotation = rope_tables(indices[None], self.config.head_dim, self.config.rope_theta)
+        layers, cuts = self.config.num_hidden_layers, positions is not None and _by_position(adapter, cache is not None)
+        fixed, trained = _scanned(adapter)
+        keeps = cache is not None
 
         def body(carry: tuple, scanned: tuple, only: jax.Array | None = None):
             (h, cache), ((layer, resting), (own, once, index)) = carry, scanned
             layer, h = meshes.gather_weights(layer, "language/layers", stacked=True), meshes.split_rows(h)
             context = _context(adapter, once, h)
             seen: dict[str, Any] = {}
-            linears = _adapted(layer, adapter, _joined(resting, own), context, seen if cache_size else None)
-            h, cache = layer(h, linears, rotation, _attend_full(length, cache, index, only, settings), only)
-            return (h, cache), ({**context, "linears": seen} if seen else context) if cache_size else None
+            linears = _adapted(layer, adapter, _joined(resting, own), context, seen if keeps else None)
+            h, cache = layer(h, linears, rotation, attend(cache, index, only), only)
+            return (h, cache), ({**context, "linears": seen} if seen else context) if keeps else None
 
         # The cache is carried, not scanned: so the last layer can write into it as the others do.
         stacks, trained = (self.layers, fixed), (*trained, jnp.arange(layers))
@@ -208,9 +232,9 @@ def _joined(resting: Any, own: Any) -> Any:
     return {name: {**leaves, **resting[name]} for name, leaves in own.items()}
 
 
-def _by_position(adapter: Adapter | None, cache_size: int) -> bool:
+def _by_position(adapter: Adapter | None, keeps: bool) -> bool:
     """Whether a linear may be given some positions alone: its delta does not depend on the others, and nobody observes them."""
-    return adapter is None or (adapter.by_position and not (cache_size and adapter.observe is not None))
+    return adapter is None or (adapter.by_position and not (keeps and adapter.observe is not None))
 
 
 def _context(adapter: Adapter | None, layer_leaves: Any, h: jax.Array) -> Any:
@@ -257,8 +281,24 @@ def _attend_full(
             mixed = attention(query, key, value, key_lengths=length, until=positions)
         if cache is None:
             return mixed, None
-        store = lambda stored, new: jax.lax.dynamic_update_slice(stored, new[None].astype(stored.dtype), (index, 0, 0, 0, 0))
-        return mixed, Cache(store(cache.key, key), store(cache.value, value))
+        return mixed, _stored(cache, index, 0, key, value)
+
+    return attend
+
+
+def _stored(cache: Cache, index: jax.Array, start: int, key: jax.Array, value: jax.Array) -> Cache:
+    """The cache with a layer's keys and values of several positions, from `start` on."""
+    store = lambda stored, new: jax.lax.dynamic_update_slice(stored, new[None].astype(stored.dtype), (index, 0, start, 0, 0))
+    return Cache(store(cache.key, key), store(cache.value, value))
+
+
+def _attend_extend(cache: Cache, index: jax.Array, positions: jax.Array | None, *, start: int) -> Callable:
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array):
+        updated = _stored(cache, index, start, key, value)
+        own = stack.take(updated, index)
+        local = jnp.broadcast_to(jnp.arange(query.shape[1]), query.shape[:2]) if positions is None else positions
+        # No fused kernel hides keys by index: it would be given a mask as large as the scores.
+        return attention(query, own.key, own.value, until=start + local), updated
 
     return attend
 

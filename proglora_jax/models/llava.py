@@ -166,8 +166,10 @@ class Llava(nnx.Module):
         contexts: Any = None,
         cache_size: int = 0,
         positions: jax.Array | None = None,
+        start: int = 0,
     ) -> Output:
-        """Runs the decoder: a training step, prefill (`cache_size` > 0) or one step of generation (`cache` and `position`).
+        """Runs the decoder: a training step, prefill (`cache_size` > 0), the rest of prompts whose beginnings are in a cache (`cache` and
+        `start`), or one step of generation (`cache` and `position`).
 
         Args:
             x: [B, T, D] embeddings; T = 1 in a step of generation.
@@ -175,20 +177,29 @@ class Llava(nnx.Module):
                 position sees a padded one then; it only makes the padded positions see what they would in transformers.
             adapter: low-rank adapter, see `proglora_jax.core.types.Adapter`.
             remat: rematerialisation policy, see `proglora_jax.core.stack.remat`.
-            cache: keys and values from prefill or the step before.
+            cache: keys and values from prefill or the step before; with `start` they have places for the T new positions too.
             position: i32[B], the index where the row's new token goes; keys after it are hidden.
             contexts: the `contexts` that prefill returned: `adapter.layer_gate` is not asked again.
             cache_size: number of positions S in the cache that prefill returns, at least T.
             positions: i32[B, K], where hidden states are wanted, in training and prefill: the last layer then computes nothing but keys
                 and values for the others (exact), unless the adapter needs more than that (`by_position`, `observe`). None: all.
+            start: number of positions that every row of `cache` holds; x goes behind them, each position sees them and those of x up to
+                its own. The adapter must not depend on what was read: no `layer_gate`, no `observe`, and `by_position`.
 
         Returns:
             Output(hidden[B, T, D], or [B, K, D], after the final norm, cache, contexts).
 
         Raises:
-            ValueError: "cache_size=<n> is smaller than the <T> positions to store"
+            ValueError: "cache_size=<n> is smaller than the <T> positions to store"; "the cache has <S> places, <n> are needed";
+                "the adapter depends on the whole prompt, which is not there"
         """
         x = x.astype(self.settings.dtype)
+        if cache is not None and position is None:
+            if cache.key.shape[2] < start + x.shape[1]:
+                raise ValueError(f"the cache has {cache.key.shape[2]} places, {start + x.shape[1]} are needed")
+            if adapter is not None and (adapter.layer_gate is not None or adapter.observe is not None or not adapter.by_position):
+                raise ValueError("the adapter depends on the whole prompt, which is not there")
+            return self.language.extend(x, cache=cache, start=start, adapter=adapter, settings=self.settings, positions=positions)
         if cache is not None:
             return self.language.step(x, cache=cache, position=position, adapter=adapter, contexts=contexts, settings=self.settings)
         if cache_size and cache_size < x.shape[1]:
