@@ -51,6 +51,8 @@ def generate(
     with_images: bool = True,
     regate: bool = False,
     embedded: jax.Array | None = None,
+    prefix: Any = None,
+    start: int = 0,
 ) -> Generated:
     """Generates the most probable next token until EOS or the cap; pure, to be called under jax.jit.
 
@@ -71,6 +73,9 @@ def generate(
         regate: ask `make_adapter` again for every new token, with that token's embedding alone and {"new_token": True} in the batch
             (what ProgLoRA's released code does); static.
         embedded: [B, T, D] embeddings of the prompts where the caller has made them; the vision tower is not asked then.
+        prefix: keys and values [L, B, S, K, H] of the beginnings of all prompts where the caller has read them, with at least
+            start + T + max_new_tokens places; the batch holds what follows, and its lengths count that alone.
+        start: positions in `prefix`; static.
 
     Returns:
         Generated(tokens, count, hit_cap).
@@ -85,14 +90,17 @@ def generate(
     valid = batch.get("valid", jnp.ones((rows,), bool))
 
     last = jnp.maximum(length - 1, 0)[:, None]  # [B, 1], the positions that predict the first tokens
-    output = llava.decode(x, adapter=adapter, cache_size=prompt + max_new_tokens, positions=last)
+    if prefix is None:
+        output = llava.decode(x, adapter=adapter, cache_size=prompt + max_new_tokens, positions=last)
+    else:
+        output = llava.decode(x, adapter=adapter, cache=prefix, start=start, positions=last)
     contexts = output.contexts
 
     def unfinished(state: _State) -> jax.Array:
         return (state.step < max_new_tokens) & ~jnp.all(state.done)
 
     def advance(state: _State) -> _State:
-        position = length + state.step - 1  # where the token of the step before goes
+        position = start + length + state.step - 1  # where the token of the step before goes
         embedded = llava.embed(state.token[:, None], None)
         own = make_adapter(embedded, {**batch, "new_token": True}) if regate and make_adapter is not None else adapter
         output = llava.decode(embedded, adapter=own, cache=state.cache, position=position, contexts=None if regate else contexts)

@@ -61,6 +61,8 @@ class Method:
         isolated_as: the method that forward transfer is measured against, on each task alone: "lora" for all that are plain LoRA of
             the same rank on a single task, "self" for the method itself, "" where there is nothing to isolate.
         grows_by_data: whether the data decide what is stored; `stored_parameters` of shapes is then the most that it can be.
+        fixed_at_test: whether the adapter that answers follows from the task's id and the stage alone, whatever the prompt, and nothing
+            observes the prompt; questions about one image may then share the pass over their common beginning.
     """
 
     rank: int = 16
@@ -82,6 +84,7 @@ class Method:
     gate_unit: ClassVar[str] = "block"
     isolated_as: ClassVar[str] = "lora"
     grows_by_data: ClassVar[bool] = False
+    fixed_at_test: ClassVar[bool] = False
 
     def __post_init__(self):
         require(self.rank >= 1, "rank", self.rank, "rank must be >= 1 (ProgLoRA uses 16)")

@@ -21,6 +21,7 @@ class LoRA(Method):
     a_init: str = "kaiming"
 
     name: ClassVar[str] = "lora"
+    fixed_at_test: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class ZeroShot(Method):
     """
 
     name: ClassVar[str] = "zero_shot"
+    fixed_at_test: ClassVar[bool] = True
     isolated_as: ClassVar[str] = ""
 
     def init(self, targets, projector, total, seed) -> CLState:

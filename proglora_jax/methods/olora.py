@@ -38,6 +38,7 @@ class OLoRA(Pooled):
     train_forward: str = "sum"
 
     name: ClassVar[str] = "olora"
+    fixed_at_test: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -42,6 +42,7 @@ class ProgLoRAStatic(Pooled):
     name: ClassVar[str] = "proglora_static"
     uses_task_id: ClassVar[bool] = True
     keeps_forward: ClassVar[bool] = False
+    fixed_at_test: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

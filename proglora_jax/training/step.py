@@ -15,7 +15,7 @@ from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import PyTree
 from proglora_jax.data.batch import INSTRUCTION
-from proglora_jax.evaluation.generate import generate
+from proglora_jax.evaluation.generate import Generated, generate
 from proglora_jax.methods.base import PROJECTOR, GateInputs, Method, Phase
 from proglora_jax.methods.views import Pass, Passes
 from proglora_jax.models.layers import gather_positions
@@ -174,7 +174,7 @@ def make_train_step(
         return jax.lax.scan(accumulate, zero, (jnp.arange(parts), split))[0]
 
     def step(trainable, opt_state, frozen, memory, llava, batch, control):
-        before, (batch, flag) = (trainable, opt_state), _without_flag(batch)
+        before, (batch, flag) = (trainable, opt_state), without_flag(batch)
         (loss, logged), gradients = loss_and_gradients(trainable, frozen, memory, llava, batch, control)
         trainable, opt_state = _update(method, optimizer, gradients, trainable, opt_state, memory, control)
         tokens = batch["label_mask"].sum()
@@ -185,7 +185,7 @@ def make_train_step(
     return jax.jit(meshes.on_mesh(step, mesh), donate_argnums=(0, 1), out_shardings=(same, same, same))
 
 
-def _without_flag(batch: Batch) -> tuple[Batch, jax.Array | None]:
+def without_flag(batch: Batch) -> tuple[Batch, jax.Array | None]:
     """A batch without its rows' flags, and the largest of all processes' flags; None in a run of one process, which has none."""
     if FLAG not in batch:
         return batch, None
@@ -209,7 +209,7 @@ def _make_feature_step(method: Method, train: TrainSettings, mesh: Mesh) -> Call
 
     def step(trainable, opt_state, frozen, memory, llava, batch, control):
         del llava
-        before, (batch, flag) = (trainable, opt_state), _without_flag(batch)
+        before, (batch, flag) = (trainable, opt_state), without_flag(batch)
 
         def loss(trainable):
             total, logged, seen = method.feature_loss(trees.merge(frozen, trainable), memory, batch["features"], control["stage"])
@@ -259,7 +259,7 @@ def make_generator(method: Method, mesh: Mesh, max_new_tokens: int, eos_id: int,
     """
 
     def answer(params, memory, llava, batch, stage) -> dict[str, jax.Array]:
-        batch, flag = _without_flag(batch)
+        batch, flag = without_flag(batch)
         sight = look(llava, method, params, memory, batch, stage)
 
         def make_adapter(x, rows):
@@ -272,10 +272,15 @@ def make_generator(method: Method, mesh: Mesh, max_new_tokens: int, eos_id: int,
             llava, batch, make_adapter, max_new_tokens=max_new_tokens, eos_id=eos_id, pad_id=pad_id,
             vocab_limit=vocab_limit, embedded=sight.inputs.embeddings, regate=method.regates,
         )
-        blocks = method.shown_gates(sight.gates, out.contexts)
-        return {
-            "tokens": out.tokens, "count": out.count, "hit_cap": out.hit_cap, "example": batch["example"], "valid": batch["valid"],
-            "gates": jnp.broadcast_to(blocks, (batch["tokens"].shape[0], blocks.shape[-1])),
-        } | ({} if flag is None else {FLAG: flag})
+        return answers_of(method, sight.gates, out, batch, flag)
 
     return jax.jit(meshes.on_mesh(answer, mesh), out_shardings=meshes.replicated(mesh))
+
+
+def answers_of(method: Method, gates: PyTree, out: Generated, batch: Batch, flag: jax.Array | None) -> dict[str, jax.Array]:
+    """What `make_generator` says its program returns."""
+    blocks = method.shown_gates(gates, out.contexts)
+    return {
+        "tokens": out.tokens, "count": out.count, "hit_cap": out.hit_cap, "example": batch["example"], "valid": batch["valid"],
+        "gates": jnp.broadcast_to(blocks, (batch["tokens"].shape[0], blocks.shape[-1])),
+    } | ({} if flag is None else {FLAG: flag})
