@@ -41,8 +41,8 @@ _STOPPED_CODE = flags.DEFINE_integer(
 _FREE = {
     "run.log_every_steps", "run.checkpoint_every_steps", "run.tensorboard", "run.compilation_cache", "run.isolated_results",
     "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_record", "data.on_bad_image", "data.buckets",
-    "evaluate.batch_size", "evaluate.prompt_lengths", "evaluate.also_image_mode", "mesh.data", "mesh.fsdp", "mesh.model",
-    "model.remat",
+    "evaluate.batch_size", "evaluate.prompt_lengths", "evaluate.also_image_mode", "evaluate.share_prefix",
+    "mesh.data", "mesh.fsdp", "mesh.model", "model.remat",
     # Scoring alone: what was asked is scored anew.
     "evaluate.imagenet_empty_ok", "evaluate.grounding_truncate", "evaluate.scienceqa_rule", "evaluate.grounding_rule",
     # The hashes of the files in every stage say whether they are the same.

@@ -148,7 +148,7 @@ WRONG = {
     "train.beta1": 1.0, "train.beta2": -0.1, "train.epsilon": -1.0, "train.grad_clip": -1.0, "train.loss_norm": "mean",
     "train.loss_group_size": 0, "evaluate.batch_size": 0, "evaluate.max_new_tokens": -1, "evaluate.prompt_lengths": ("64",),
     "evaluate.image_mode": "crop", "evaluate.also_image_mode": "coin", "evaluate.scienceqa_rule": "mcit", "evaluate.grounding_rule": "qwen",
-    "evaluate.subset_size": -1, "evaluate.subset_seed": -1, "similarity.encoders": "bert",
+    "evaluate.subset_size": -1, "evaluate.share_prefix": "always", "evaluate.subset_seed": -1, "similarity.encoders": "bert",
     "similarity.text_pool": "max",
     "similarity.pool": "max", "similarity.max_samples": 0, "run.seed": -1, "run.protocol": "parallel", "run.checkpoint_every_steps": 0,
     "run.log_every_steps": 0, "model.preset": "llava16_7b", "train.loss_groups": -1, "run.published_row": "proglora",
@@ -164,6 +164,16 @@ def test_a_value_that_does_not_fit_is_named(name):
     with pytest.raises(UserError, match=rf"^config\.{section}\.{field}=|^config\.{section}\.{field}\W") as error:
         from_config(config)
     sentence(error)
+
+
+def test_prefixes_are_shared_on_request_only_where_that_changes_nothing():
+    config = lambda method, choice: tiny_run.config(Path("model"), Path("root"), method, evaluate__share_prefix=choice)
+    refused = r"^config\.evaluate\.share_prefix='on': the adapter of proglora_dynamic depends on the prompt"
+    with pytest.raises(UserError, match=refused) as error:
+        from_config(config("proglora_dynamic", "on"))
+    sentence(error)
+    for method, choice in (("proglora_dynamic", "auto"), ("proglora_dynamic", "off"), ("proglora_static", "on"), ("lora", "on")):
+        from_config(config(method, choice))
 
 
 @pytest.mark.parametrize("name", [*WRONG, "data.tasks", "evaluate.grounding_truncate", "run.tensorboard", "mesh.data"])

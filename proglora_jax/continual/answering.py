@@ -2,7 +2,7 @@
 
     answers/<Task>.partial.jsonl   a header, then one line per answered question, each with a checksum; appended batch by batch;
                                    "blank" says that the question's image could not be read
-    answers/<Task>.jsonl           the same, complete
+    answers/<Task>.jsonl           the same, complete, in the order of the questions
     scores/<Task>.json             accuracy in both modes, mean gates, how many images stood blank, and what was asked and how it was
                                    scored: the hashes of questions, references and answers, the rules of scoring
 
@@ -29,6 +29,7 @@ from proglora_jax.continual.session import Session
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import CLState
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.image_groups import WORTH, GroupedBatches, group_by_image
 from proglora_jax.data.images import ImageLoader
 from proglora_jax.data.pipeline import eval_batches
 from proglora_jax.data.schema import Question
@@ -107,7 +108,10 @@ def finished_scores(path: Path, answers: Path, asked: Mapping[str, Any]) -> dict
 
 
 def _header(session: Session, digest: str, name: str, questions: list[Question]) -> dict[str, Any]:
-    """The first line of the answers' file: everything that an answer depends on, and the batch size, on which it does not."""
+    """The first line of the answers' file: everything that an answer depends on, and the batch size, on which it does not.
+
+    `shared_prefix` is added to it, on which it does not depend either.
+    """
     evaluate = session.settings.evaluate
     cap = evaluate.max_new_tokens or TASKS[name].max_new_tokens
     asked = [(question.id, question.text, os.path.basename(question.image or "")) for question in questions]
@@ -146,6 +150,9 @@ def _answers(
         questions, session.encoder, loader, batch_size=evaluate.batch_size, task_id=task_id,
         lengths=evaluate.prompt_lengths, process_index=jax.process_index(), process_count=jax.process_count(),
     )
+    if evaluate.share_prefix != "off" and session.method.fixed_at_test:
+        batches = group_by_image(batches, meshes.batch_ways(session.mesh), WORTH if evaluate.share_prefix == "auto" else 0.0)
+    header = header | {"shared_prefix": isinstance(batches, GroupedBatches)}
     partial = path.with_suffix(".partial.jsonl")
     entries = read_answers(path, header) if path.exists() else {}
     if len(entries) == len(questions):
@@ -156,12 +163,12 @@ def _answers(
         first += 1
     entries = {index: entries[index] for n in range(first) for index in batches.members(n)}
     file = _reopen(partial, header, entries) if session.chief else None
-    generate = session.generator(header["max_new_tokens"])
     with Progress(f"evaluate {name}", len(questions), chief=session.chief) as progress:
         progress.update(len(entries))
         prepared, told = batches.batches(first, session.settings.data.threads), Round(session.stop)
         for number in range(first, len(batches)):
             batch = told.next(prepared, lambda number=number: batches.blank(number))
+            generate = session.generator(header["max_new_tokens"], by_image="slot" in batch)
             rows = _rows(session, questions, loader, generate, state, batch, told)
             entries |= {row["index"]: row for row in rows}
             if file is not None:
@@ -173,6 +180,7 @@ def _answers(
                 raise Stopped(f"stopped while evaluating {name} after {len(entries)} of {len(questions)} questions; the answers are kept")
     if file is not None:
         file.close()
+        _reopen(partial, header, {index: entries[index] for index in sorted(entries)}).close()
         os.replace(partial, path)
     return entries
 

@@ -35,6 +35,7 @@ from proglora_jax.training import fisher, step
 from proglora_jax.training.attention_choice import choose_attention, model_options
 from proglora_jax.training.log import RunLogger
 from proglora_jax.training.loop import StopSignal
+from proglora_jax.training.prefix import make_prefix_generator
 from proglora_jax.training.remat_choice import choose_remat, device_limit, in_words
 from proglora_jax.training.settings import Settings
 
@@ -112,11 +113,11 @@ class Session:
         """The sum of squared gradients."""
         return fisher.make_squared_gradients(self.method, self.mesh, names, kind, self.remat)
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019
-    def generator(self, max_new_tokens: int) -> Callable:
-        """The generator with a cap on the answer."""
-        tokenizer = self.encoder.tokenizer
-        return step.make_generator(self.method, self.mesh, max_new_tokens, tokenizer.eos_id, tokenizer.pad_id, tokenizer.size)
+    @functools.lru_cache(maxsize=16)  # noqa: B019
+    def generator(self, max_new_tokens: int, by_image: bool = False) -> Callable:
+        """The generator with a cap on the answer, for plain batches or for those grouped by image."""
+        make, tokenizer = make_prefix_generator if by_image else step.make_generator, self.encoder.tokenizer
+        return make(self.method, self.mesh, max_new_tokens, tokenizer.eos_id, tokenizer.pad_id, tokenizer.size)
 
     def questions(self, task: str) -> list[Question]:
         """The questions of a task that are asked."""

@@ -157,6 +157,9 @@ class EvalSettings:
         image_mode: "coin" (centre crop where CoIN's scripts crop) or "pad" (as in training).
         also_image_mode: the other one, to ask every task whose images it prepares otherwise once more and to report both; "" for none.
             A finished run to which it is added is only asked.
+        share_prefix: whether questions about one image share the pass over what their prompts begin with, system sentence and image:
+            "auto" where the method's adapter does not depend on the prompt (then the function is the same) and where a task's questions
+            share images so often that at least a fifth of the positions are saved, "on" wherever any two do, "off" nowhere.
         subset_size: questions per task, chosen by a stable hash; 0 takes all.
         subset_seed: seed of that choice.
         imagenet_empty_ok: an empty ImageNet answer counts as right in the mode "coin", as in CoIN's script.
@@ -172,6 +175,7 @@ class EvalSettings:
     prompt_lengths: tuple = (704, 1024, 2048)
     image_mode: str = "coin"
     also_image_mode: str = ""
+    share_prefix: str = "auto"
     subset_size: int = 0
     subset_seed: int = 0
     imagenet_empty_ok: bool = True
