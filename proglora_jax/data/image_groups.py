@@ -23,8 +23,6 @@ from proglora_jax.data.pipeline import EvalBatches
 
 WORTH = 1.25
 """By what factor the positions to read must fall for sharing to be worth programs of its own."""
-_CHOICES = 16
-"""How many numbers of images per batch are tried."""
 _MULTIPLE = 32
 _FIELDS = ("tokens", "segments", "length", "task_id", "example", "valid")
 
@@ -86,7 +84,8 @@ class GroupedBatches(EvalBatches):
     Attributes:
         lanes: parts of the batches with images, as many for each batch as there are devices; () where nothing is to be shared.
         images: places for images in a lane.
-        gain: positions that plain batches read of the questions with images, over those that these batches read.
+        gain: positions that plain batches of the questions with images read, over those that these batches read; padding, fillers and
+            places without an image count.
     """
 
     def __init__(self, plain: EvalBatches, ways: int):
@@ -108,11 +107,15 @@ class GroupedBatches(EvalBatches):
         self._prefix = BatchRow(first.tokens[: self._start], first.segments[: self._start], None, self._task_id, 0)
         ordered = self._ordered(list(groups.values()))
         self._tops = self._suffix_lengths(ordered)
-        step = max(1, rows // _CHOICES)
-        plans = {images: fill_lanes(ordered, rows, images) for images in range(step, rows, step)}
+        # As many images as fill a lane on average; a few more let more lanes be full.
+        even = min(-(-rows * len(groups) // len(pictured)), -(-len(groups) // ways))
+        tried = range(max(1, even - 1), min(rows - 1, even + max(1, rows // 8)) + 1)
+        plans = {images: fill_lanes(ordered, rows, images) for images in tried}
         costs = {images: self._positions(lanes, rows, images) for images, lanes in plans.items()}
         self.images = min(costs, key=costs.get)
-        self.gain = sum(self._lengths[self._bucket[number]] for number in pictured) / costs[self.images]
+        apart = [number for number in self._order if number in starts]
+        cuts = [self._bucket[apart[at : at + self._batch_size]] for at in range(0, len(apart), self._batch_size)]
+        self.gain = sum(self._batch_size * self._lengths[cut.max()] for cut in cuts) / costs[self.images]
         self.lanes = tuple(plans[self.images])
         text = np.asarray([number for number in self._order if number not in starts], np.int64)
         self._rest = EvalBatches(
@@ -205,6 +208,6 @@ class GroupedBatches(EvalBatches):
         return min(top for top in self._tops.values() if top >= longest)
 
     def _positions(self, lanes: list[Lane], rows: int, images: int) -> int:
-        """Positions that are read, padding and places without an image included."""
+        """Positions that are read."""
         batches = [lanes[at : at + self._ways] for at in range(0, len(lanes), self._ways)]
         return sum(self._ways * (images * self._start + rows * self._top(batch)) for batch in batches)

@@ -141,3 +141,8 @@ def test_an_image_that_cannot_be_read_is_named_with_its_question(world):
     batches = group_by_image(eval_batches(asked, encoder, ImageLoader(ImageSpec(SIDE)), batch_size=4), 1, 0.0)
     with pytest.raises(UserError, match="GQA question 9: /nowhere.jpg"):
         batches.batch(0)
+
+
+def test_a_task_that_fills_no_batch_has_places_for_its_images_alone(world):
+    batches = group_by_image(plain(world, [0, 0, 0, 1, 1, 1], 16), 1, 0.0)
+    assert len(batches) == 1 and batches.images == 2 and batches.gain > 1

@@ -64,3 +64,13 @@ def test_what_cannot_be_is_refused(rng):
     ):
         with pytest.raises(ValueError, match="the adapter depends on the whole prompt"):
             llava.decode(x[:, START:], cache=cache, start=START, adapter=wrong)
+
+
+def test_bfloat16(rng):
+    llava = model(dtype="bfloat16")
+    x = jnp.asarray(rng.standard_normal((2, START + REST, WIDTH)), jnp.float32)
+    whole = llava.decode(x, cache_size=START + REST)
+    rest = llava.decode(x[:, START:], cache=beginnings(whole.cache, START + REST), start=START)
+    assert rest.hidden.dtype == rest.cache.key.dtype == jnp.bfloat16
+    near = dict(rtol=0.05, atol=0.05)
+    np.testing.assert_allclose(rest.hidden.astype(jnp.float32), whole.hidden[:, START:].astype(jnp.float32), **near)
