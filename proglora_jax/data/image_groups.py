@@ -74,38 +74,27 @@ def group_by_image(plain: EvalBatches, ways: int, worth: float = WORTH) -> EvalB
         `plain` itself where it is not worth it, where no two questions share an image, where a device has a single row, and where
         prompts do not begin alike.
     """
-    grouped = GroupedBatches(plain, ways)
-    return grouped if grouped.lanes and grouped.gain >= worth else plain
+    grouped = GroupedBatches.of(plain, ways)
+    return plain if grouped is None or grouped.gain < worth else grouped
 
 
 class GroupedBatches(EvalBatches):
     """Batches grouped by image; made by `group_by_image`.
 
     Attributes:
-        lanes: parts of the batches with images, as many for each batch as there are devices; () where nothing is to be shared.
+        lanes: parts of the batches with images, as many for each batch as there are devices.
         images: places for images in a lane.
         gain: positions that plain batches of the questions with images read, over those that these batches read; padding, fillers and
             places without an image count.
     """
 
-    def __init__(self, plain: EvalBatches, ways: int):
-        """Args: plain, ways: as for `group_by_image`."""
+    def __init__(self, plain: EvalBatches, ways: int, groups: list[list[int]], start: int):
+        """Args: plain, ways: as for `group_by_image`; groups: questions by image; start: positions that all their prompts begin with."""
         vars(self).update(vars(plain))
-        self.lanes: tuple[Lane, ...] = ()
-        self.images, self.gain, self._ways = 0, 1.0, ways
-        pictured = [number for number in range(len(self._questions)) if self._questions[number].image is not None]
-        starts = {number: 1 + int(np.flatnonzero(self._encoded[number].segments == IMAGE)[-1]) for number in pictured}
-        first = self._encoded[pictured[0]] if pictured else None
-        groups: dict[str, list[int]] = {}
-        for number in pictured:
-            groups.setdefault(self._questions[number].image, []).append(number)
-        processes, rows = self._batch_size // (self._share.stop - self._share.start), self._batch_size // ways
-        alike = len({self._encoded[number].tokens[:start].tobytes() for number, start in starts.items()}) == 1
-        if not alike or rows < 2 or self._batch_size % ways or ways % processes or len(groups) == len(pictured):
-            return
-        self._start = starts[pictured[0]]
-        self._prefix = BatchRow(first.tokens[: self._start], first.segments[: self._start], None, self._task_id, 0)
-        ordered = self._ordered(list(groups.values()))
+        self._ways, self._start, first = ways, start, self._encoded[groups[0][0]]
+        self._prefix = BatchRow(first.tokens[:start], first.segments[:start], None, self._task_id, 0)
+        ordered, rows = self._ordered(groups), self._batch_size // ways
+        pictured = {number for group in groups for number in group}
         self._tops = self._suffix_lengths(ordered)
         # As many images as fill a lane on average; a few more let more lanes be full.
         even = min(-(-rows * len(groups) // len(pictured)), -(-len(groups) // ways))
@@ -113,14 +102,31 @@ class GroupedBatches(EvalBatches):
         plans = {images: fill_lanes(ordered, rows, images) for images in tried}
         costs = {images: self._positions(lanes, rows, images) for images, lanes in plans.items()}
         self.images = min(costs, key=costs.get)
-        apart = [number for number in self._order if number in starts]
+        self.lanes = tuple(plans[self.images])
+        apart = [number for number in self._order if number in pictured]
         cuts = [self._bucket[apart[at : at + self._batch_size]] for at in range(0, len(apart), self._batch_size)]
         self.gain = sum(self._batch_size * self._lengths[cut.max()] for cut in cuts) / costs[self.images]
-        self.lanes = tuple(plans[self.images])
-        text = np.asarray([number for number in self._order if number not in starts], np.int64)
+        text = np.asarray([number for number in self._order if number not in pictured], np.int64)
         self._rest = EvalBatches(
             self._questions, self._encoded, self._encoder, self._loader, text, self._bucket, self._lengths, self._batch_size,
             self._share, self._task_id)
+
+    @classmethod
+    def of(cls, plain: EvalBatches, ways: int) -> GroupedBatches | None:
+        """The batches, or None where nothing can be shared; arguments as for `group_by_image`."""
+        questions, encoded, size = plain._questions, plain._encoded, plain._batch_size
+        groups: dict[str, list[int]] = {}
+        for number, question in enumerate(questions):
+            if question.image is not None:
+                groups.setdefault(question.image, []).append(number)
+        pictured = [number for group in groups.values() for number in group]
+        processes = size // (plain._share.stop - plain._share.start)
+        if len(groups) == len(pictured) or size % ways or size // ways < 2 or ways % processes:
+            return None
+        starts = {number: 1 + int(np.flatnonzero(encoded[number].segments == IMAGE)[-1]) for number in pictured}
+        if len({encoded[number].tokens[:start].tobytes() for number, start in starts.items()}) > 1:
+            return None
+        return cls(plain, ways, list(groups.values()), starts[pictured[0]])
 
     def __len__(self) -> int:
         """Number of batches."""
