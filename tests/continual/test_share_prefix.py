@@ -80,11 +80,11 @@ def forget(workdir: Path, to: Path) -> Path:
 def test_the_same_answers_by_a_shared_pass_also_where_it_broke_off_in_a_task(here, plain, monkeypatch):  # noqa: F811
     workdir, asked, original = forget(plain, here.folder / "shared"), [], answering._rows
 
-    def counted(session, questions, generate, state, batch, told):
+    def counted(session, questions, loader, generate, state, batch, told):
         asked.append("slot" in batch)
         if len(asked) == 4:
             raise KeyboardInterrupt
-        return original(session, questions, generate, state, batch, told)
+        return original(session, questions, loader, generate, state, batch, told)
 
     monkeypatch.setattr(answering, "_rows", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -101,7 +101,7 @@ def test_the_same_answers_by_a_shared_pass_also_where_it_broke_off_in_a_task(her
 
 def test_answers_that_depend_on_the_prompt_never_share_it(here, plain, monkeypatch):  # noqa: F811
     seen, original = [], answering._rows
-    monkeypatch.setattr(answering, "_rows", lambda *parts: seen.append("slot" in parts[4]) or original(*parts))
+    monkeypatch.setattr(answering, "_rows", lambda *parts: seen.append("slot" in parts[5]) or original(*parts))
     options = OPTIONS | {"data__tasks": "TextVQA", "train__max_steps": 1}
     here.run("dynamic", "proglora_dynamic", **options, evaluate__share_prefix="auto")
     assert seen and not any(seen)
