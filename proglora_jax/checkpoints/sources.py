@@ -44,8 +44,10 @@ class Source:
         rows: rows of the vocabulary on disk; those from here to the config's are new.
         original: whether it is in the layout of original LLaVA.
         protocol: what training from it reproduces: "vicuna7b_projector" (the papers': a language model and a projector that was
-            only pre-trained), "llava15_7b" (a whole instruction-tuned LLaVA), the same of 13b, or "..._custom" for other sizes.
+            only pre-trained), "llava15_7b" (a whole instruction-tuned LLaVA), the same of 13b, or "..._custom" for other sizes;
+            "...+projector" where a projector that was asked for took the place of the model's own.
         files: the weight files that are read.
+        note: which of two projectors was taken, "" where there is one.
     """
 
     folder: pathlib.Path
@@ -56,6 +58,7 @@ class Source:
     original: bool
     protocol: str
     files: tuple[pathlib.Path, ...]
+    note: str = ""
 
     @property
     def image_folder(self) -> pathlib.Path:
@@ -68,7 +71,8 @@ class Source:
         layout = "original LLaVA layout" if self.original else "transformers layout"
         wide = self.config.text_config.vocab_size
         grown = f", vocabulary {self.rows} -> {wide} rows" if self.rows != wide else ""
-        return f"{self.protocol}: {layout}, {len(self.files)} weight file(s), {'+'.join(formats)}{grown}"
+        note = f"; {self.note}" if self.note else ""
+        return f"{self.protocol}: {layout}, {len(self.files)} weight file(s), {'+'.join(formats)}{grown}{note}"
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json and the weight files, names and contents, as hex digits: the name of a base model."""
@@ -91,7 +95,8 @@ def find_source(folder: Path, vision_folder: Path | None = None, projector_file:
         folder: of the whole model or of the language model.
         vision_folder: of a CLIP, for a `folder` without a vision tower; default: what `mm_vision_tower` in config.json names.
         projector_file: file with the projector's four tensors, or the folder of a stage-1 checkpoint that holds it; wins over those in
-            `folder`. Default: mm_projector.bin in `folder`, then what `pretrain_mm_mlp_adapter` in config.json names.
+            `folder`. Default: the projector among the weights, then mm_projector.bin in `folder`, then what `pretrain_mm_mlp_adapter`
+            in config.json names.
 
     Raises:
         UserError: "<folder>: no such folder ...", "<folder>: config.json is missing ...", "<file>: <field>=<value> is not supported ...",
@@ -106,6 +111,12 @@ def find_source(folder: Path, vision_folder: Path | None = None, projector_file:
     config = _config(folder, fields, vision)
     file = _projector(folder, fields, projector_file, original)
     tensors, files = index_folder(folder)
+    own, note = any(name.startswith("multi_modal_projector.") for name in tensors), ""
+    if own and file is not None:
+        note = f"the projector of {file} takes the place of the one in the weights, as asked"
+        if not projector_file:
+            beside = file.name if file.parent == folder else file
+            file, note = None, f"{beside} is not read, the weights hold the projector"
     if vision is not None:
         towers, more = index_folder(vision)
         tensors |= {name: tensor for name, tensor in towers.items() if name.startswith("vision_tower.")}
@@ -122,8 +133,9 @@ def find_source(folder: Path, vision_folder: Path | None = None, projector_file:
     rows = config.text_config.vocab_size
     grown = _with_image_row(config)
     tensors = _checked(folder, config, tensors)
-    protocol = fields.get(PROTOCOL) or _protocol(grown, stage_1=original and (file is not None or bool(fields.get("tune_mm_mlp_adapter"))))
-    return Source(folder, vision, grown, tensors, rows, original, str(protocol), tuple(files))
+    protocol = fields.get(PROTOCOL) or _protocol(grown, stage_1=original and (not own or bool(fields.get("tune_mm_mlp_adapter"))))
+    replaced = "+projector" if own and file is not None else ""
+    return Source(folder, vision, grown, tensors, rows, original, f"{protocol}{replaced}", tuple(files), note)
 
 
 def read_config(folder: Path, vision_folder: Path | None = None) -> LlavaConfig:

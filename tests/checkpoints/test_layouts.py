@@ -163,6 +163,29 @@ def test_original_llava_in_one_folder(world, tmp_path):
     assert source.protocol == "vicuna_projector_custom" and source.config.vision_feature_select_strategy == "full"
 
 
+def test_a_projector_among_the_weights_wins_over_a_file_beside_them(world, tmp_path):
+    """The folder of llava-v1.5-7b has mm_projector.bin, too, and its config.json may name the file of the first stage."""
+    root, state = world
+    fields = json.loads((root / "vicuna" / "config.json").read_text())
+    stage_1 = str(root / "stage1" / "mm_projector.bin")
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"model_type": "llava", "pretrain_mm_mlp_adapter": stage_1}))
+    save_bin(tmp_path, {original(name): tensor for name, tensor in state.items()}, 3)
+    torch.save({name: tensor * 3 for name, tensor in torch.load(stage_1).items()}, tmp_path / "mm_projector.bin")
+    own = state["multi_modal_projector.linear_1.weight"].T.numpy()
+    source = find_source(tmp_path, root / "clip")
+    assert source.protocol == "llava_custom"
+    assert source.describe().endswith("; mm_projector.bin is not read, the weights hold the projector")
+    np.testing.assert_array_equal(load_source(source, jnp.float32).mm_projector.linear_1.kernel[...], own)
+    (tmp_path / "mm_projector.bin").unlink()
+    assert find_source(tmp_path, root / "clip").describe().endswith(f"; {stage_1} is not read, the weights hold the projector")
+
+    given = find_source(tmp_path, root / "clip", stage_1)
+    assert given.protocol == "llava_custom+projector"
+    assert given.describe().endswith(f"; the projector of {stage_1} takes the place of the one in the weights, as asked")
+    theirs = torch.load(stage_1)["model.mm_projector.0.weight"].float().numpy().T
+    np.testing.assert_array_equal(load_source(given, jnp.float32).mm_projector.linear_1.kernel[...], theirs)
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("style", [style_4x, in_memory_4x, in_memory_5x, original])
 def test_files_of_torch_in_every_style(tmp_path, style, shards):
