@@ -186,13 +186,13 @@ def _add_doctor(verbs) -> None:
     parser = _verb(verbs, "doctor", summary, _doctor)
     parser.set_defaults(overrides=[])
     parser.add_argument("--config", required=True, help="as for the main job; --config.section.field=value overrides a field")
-    parser.add_argument("--devices", type=int, default=0, help="plan for so many; default: those that are there")
-    parser.add_argument("--memory-gb", type=float, default=0.0, help="memory of a device; default: what it says")
-    parser.add_argument("--peak-tflops", type=float, default=0.0, help="peak of a device in the compute dtype, for hours by roofline")
+    parser.add_argument("--devices", type=int, help="plan for so many; default: those that are there")
+    parser.add_argument("--memory-gb", type=float, help="memory of a device; default: what it says")
+    parser.add_argument("--peak-tflops", type=float, help="peak of a device in the compute dtype, for hours by roofline")
     parser.add_argument("--utilization", type=float, default=0.45, help="share of the peak that is assumed")
-    parser.add_argument("--step-seconds", type=float, default=0.0, help="measured seconds of a training step, for hours by measurement")
-    parser.add_argument("--step-rows", type=int, default=0, help="rows of the measured step; default: config.train.batch_size")
-    parser.add_argument("--positions", type=int, default=0, help="mean positions of a row; default: the smallest bucket")
+    parser.add_argument("--step-seconds", type=float, help="measured seconds of a training step, for hours by measurement")
+    parser.add_argument("--step-rows", type=int, help="rows of the measured step; default: config.train.batch_size")
+    parser.add_argument("--positions", type=int, help="mean positions of a row; default: the smallest bucket")
     parser.add_argument("--compile", action="store_true", help="also compile the training step and read what it needs; minutes")
 
 
@@ -200,8 +200,7 @@ def _doctor(arguments) -> None:
     from proglora_jax.continual.doctor import Machine, diagnose
     from proglora_jax.training.config_file import load_config
 
-    machine = Machine(arguments.devices, arguments.memory_gb, arguments.peak_tflops, arguments.utilization, arguments.step_seconds,
-                      arguments.step_rows, arguments.positions)
+    machine = Machine.stated(vars(arguments))
     print(diagnose(load_config(arguments.config, arguments.overrides), machine, compile_step=arguments.compile))
 
 

@@ -57,10 +57,23 @@ class Machine:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 0:
+            if not 0 <= getattr(self, field.name) < float("inf"):
                 raise UserError(f"--{field.name.replace('_', '-')}={getattr(self, field.name)}: must be positive")
         if not 0 < self.utilization <= 1:
             raise UserError(f"--utilization={self.utilization}: must be a share of the peak, above 0 and at most 1")
+
+    @classmethod
+    def stated(cls, values: Mapping[str, Any]) -> Machine:
+        """The machine that somebody described; what is None or missing keeps its default.
+
+        Raises:
+            UserError: "--<field>=<value>: must be positive"
+        """
+        given = {field.name: values[field.name] for field in dataclasses.fields(cls) if values.get(field.name) is not None}
+        for name, value in given.items():
+            if not 0 < value < float("inf"):
+                raise UserError(f"--{name.replace('_', '-')}={value:g}: must be positive")
+        return cls(**given)
 
 
 def diagnose(config: Mapping[str, Mapping[str, Any]], machine: Machine | None = None, *, compile_step: bool = False) -> str:

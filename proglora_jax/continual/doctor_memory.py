@@ -20,6 +20,8 @@ from proglora_jax.training.shapes import StageShapes
 
 SIZES_GB = (24, 40, 80, 141)
 """Memory of common devices, for a plan without one."""
+OTHER_ROWS = 64
+"""Rows of a batch that can be split into many parts, of the benchmark MCITlib; see `batches` in configs/coin.py."""
 _CHEAPEST_FIRST = ("none", "dots", "qkvo_mlp", "qkvo", "full")
 
 
@@ -164,6 +166,12 @@ class MemoryPlan:
         needed = f"training needs {self.peak() / 1e9:.1f} GB a device (rows of {', '.join(misfits)} positions do not fit)"
         if fitting:
             return f"{needed}: it would fit with {_flags(self, fitting)}"
+        if other := self._with_other_batches():
+            rows, fitting = other
+            sizes, most = ", ".join(map(str, sorted(set(self.batches)))), max(self._parts(batch_ways(fitting.mesh)))
+            choice = " (configs/coin.py:batches=mcitlib64)" if rows == OTHER_ROWS else ""
+            return (f"{needed}: batches of {sizes} rows split evenly into {most} parts at most; with {rows} rows for every task{choice} it "
+                    f"would fit with {_flags(self, fitting)}")
         return f"{needed}, and no setting known here makes it fit: take devices with more memory, or more of them"
 
     def _fitting_change(self) -> MemoryPlan | None:
@@ -176,6 +184,14 @@ class MemoryPlan:
                         if plan.peak() <= self.usable:
                             return plan
         return None
+
+    def _with_other_batches(self) -> tuple[int, MemoryPlan] | None:
+        """(rows, what fits with so many in every batch) where the config's own batches cannot be split as far as it takes."""
+        ways = batch_ways(self.mesh)
+        rows = max(ways, OTHER_ROWS // ways * ways)
+        phases = tuple(dataclasses.replace(phase, batch=rows) for phase in self.phases)
+        plan = dataclasses.replace(self, phases=phases, batches=[rows] * len(self.batches))._fitting_change()
+        return (rows, plan) if plan else None
 
     def _changed(self, mesh: Any, policy: str, parts: int, buckets: tuple) -> MemoryPlan:
         now = self.settings

@@ -199,6 +199,21 @@ def test_what_cannot_fit_says_so():
     assert any("even one question a device does not fit" in line for line in lines)
 
 
+def test_other_batches_are_named_where_the_own_ones_cannot_be_split_as_far():
+    """The batches of the papers' era share no more than 14 parts; 64 rows for every task have 64."""
+    machine = Machine(devices=1, memory_gb=24)
+    lines = advice(diagnose(load_config(COIN), machine))
+    (line,) = [line for line in lines if line.startswith("training needs")]
+    assert ("batches of 56, 70, 84, 112, 140 rows split evenly into 14 parts at most; with 64 rows for every task "
+            "(configs/coin.py:batches=mcitlib64) it would fit with --config.train.micro_batches=64 (1 row(s) at once") in line
+    assert "no setting known here" not in line
+    flags = [flag for line in lines for flag in re.findall(r"--config\.\S+", line)]
+    after = advice(diagnose(load_config(f"{COIN}:batches=mcitlib64", flags), machine))
+    assert not any(line.startswith(("training needs", "answering needs")) for line in after), after
+    three = advice(diagnose(load_config(COIN, ["--config.evaluate.batch_size=30"]), Machine(devices=3, memory_gb=24)))
+    assert any("with 63 rows for every task it would fit with" in line for line in three)
+
+
 def test_devices_that_do_not_divide_the_batches():
     lines = advice(diagnose(load_config(COIN), Machine(devices=8)))
     assert any(line.startswith("batches of 70, 84, 140 rows cannot be split over 8 devices") for line in lines)
@@ -248,7 +263,10 @@ def test_the_compiled_step(monkeypatch):
         ([f"--config={COIN}", "--config.mesh.fsdp=3", "--devices=8"], "8 devices cannot be divided by 3"),
         ([f"--config={COIN}:backbone=any"], "config.model.preset is empty; give a folder with a config.json, or a preset: llava15_7b"),
         ([f"--config={COIN}", "--utilization=1.5"], "--utilization=1.5: must be a share of the peak"),
-        ([f"--config={COIN}", "--memory-gb=-1"], "--memory-gb=-1.0: must be positive"),
+        *(([f"--config={COIN}", f"--memory-gb={value}"], f"--memory-gb={said}: must be positive")
+          for value, said in (("-1", "-1"), ("0", "0"), ("nan", "nan"), ("inf", "inf"))),
+        ([f"--config={COIN}", "--step-seconds=nan"], "--step-seconds=nan: must be positive"),
+        ([f"--config={COIN}", "--devices=0"], "--devices=0: must be positive"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, sentence, capsys):
