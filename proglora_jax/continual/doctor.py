@@ -94,7 +94,7 @@ def diagnose(config: Mapping[str, Mapping[str, Any]], machine: Machine | None = 
         values.setdefault("data", {})["root"] = _NOT_SET
         notes.append("config.data.root is not set: name the folder that holds playground/ and cl_dataset/ before the run")
     settings = from_config(values)
-    settings, _ = choose_attention(settings, jax.default_backend())
+    settings, _ = choose_attention(settings, jax.default_backend(), planned=True)
     sizes, source = model_sizes(settings.model)
     found, problem = weights_found(settings.model)
     notes += [note for note in (problem, _encoders_problem(settings)) if note]

@@ -76,7 +76,9 @@ class Predictor:
         """
         model = trained.model
         self.trained, self.mesh = trained, mesh or _mesh(trained)
-        attention, _ = attention_for(model["attention"], model["dtype"], self.mesh.devices.flat[0].platform)
+        # A kernel that the run's config names may be of another machine than this one.
+        stated = "xla" if model["attention"] == "xla" else "auto"
+        attention, _ = attention_for(stated, model["dtype"], self.mesh.devices.flat[0].platform)
         options = options or ModelOptions(model["dtype"], attention)
         self.encoder, self.images = prompting(trained, source)
         dtype = jax.numpy.dtype(param_dtype or model["param_dtype"])

@@ -266,6 +266,7 @@ def test_the_compiled_step(monkeypatch):
         *(([f"--config={COIN}", f"--memory-gb={value}"], f"--memory-gb={said}: must be positive")
           for value, said in (("-1", "-1"), ("0", "0"), ("nan", "nan"), ("inf", "inf"))),
         ([f"--config={COIN}", "--step-seconds=nan"], "--step-seconds=nan: must be positive"),
+        ([f"--config={COIN}", "--config.model.attention=cudnn"], "config.model.attention='cudnn': is a kernel for NVIDIA GPUs"),
         ([f"--config={COIN}", "--devices=0"], "--devices=0: must be positive"),
     ],
 )

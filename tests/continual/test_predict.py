@@ -65,6 +65,14 @@ def test_methods_that_are_told_the_task(world, capsys):  # noqa: F811
     assert first["gates"] == {"TextVQA": 1.0, "ImageNet": 0.0}
 
 
+def test_a_kernel_of_the_machine_that_trained_is_not_needed(world):  # noqa: F811
+    trained = open_trained(world.run("proglora_dynamic"))
+    trained.model["attention"] = "cudnn"
+    predictor = predict.Predictor(trained, trained.backbone()[0])
+    (prediction,) = predictor(predict.make_questions([("What?", None)], "", "Original"), 1, max_new_tokens=1)
+    assert prediction.question == "What?" and predictor.llava.settings.attention == "xla"
+
+
 def test_what_is_said_of_an_answer():
     out = describe(Prediction("What?", None, "a", True, {"block 0": -0.2, "block 1": 0.5}, (5,)))
     assert out == "question  What?\nanswer    a   (cut off)\ngates\n  block 0  -0.200  \n  block 1   0.500  " + "█" * 12
