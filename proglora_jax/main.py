@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -22,7 +21,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from proglora_jax.checkpoints.integrity import atomic_write_json, read_json, remove_leftovers
-from proglora_jax.data.errors import UserError
+from proglora_jax.data.errors import UserError, disk_errors
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The config, e.g. configs/coin_mini.py:smoke; override with --config.train.epochs=1.")
@@ -47,11 +46,6 @@ _FREE = {
     "evaluate.imagenet_empty_ok", "evaluate.grounding_truncate", "evaluate.scienceqa_rule", "evaluate.grounding_rule",
     # The hashes of the files in every stage say whether they are the same.
     "model.vision_path", "model.projector_path", "similarity.vit_path", "similarity.bert_path",
-}
-# What a full, read-only or broken disk says, and files where folders should be; anything else is not for the user to mend.
-_DISK = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-    errno.EMFILE, errno.ENFILE,
 }
 
 
@@ -127,7 +121,7 @@ def run(config: Mapping[str, Mapping[str, Any]], workdir: str | os.PathLike, com
     with contextlib.ExitStack() as stack:
         # ---- config and workdir, before anything slow
         settings = from_config(config)
-        stack.enter_context(_disk_errors(workdir))
+        stack.enter_context(disk_errors(workdir, "mend that and run the same command again: it goes on from what was saved"))
         stack.enter_context(claim_workdir(workdir, config, command, chief=jax.process_index() == 0))
 
         # ---- signals: from here on a request to stop is remembered until there is something to save
@@ -227,20 +221,6 @@ def _comparable(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """{"section.field": value} of all fields that decide the results, in the form that JSON gives back."""
     flat = {f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()}
     return json.loads(json.dumps({name: value for name, value in flat.items() if name not in _FREE}))
-
-
-@contextlib.contextmanager
-def _disk_errors(workdir: Path) -> Iterator[None]:
-    """Turns what a disk refuses into one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        advice = "mend that and run the same command again: it goes on from what was saved"
-        raise UserError(f"{error.filename or workdir}: {error.strerror}; {advice}") from error
 
 
 def _config_name(arguments: Sequence[str]) -> str:

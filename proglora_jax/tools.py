@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from proglora_jax.core.host import settle_on_cpu
-from proglora_jax.data.errors import UserError
+from proglora_jax.data.errors import UserError, disk_errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.overrides, arguments.argv = rest, list(sys.argv[1:] if argv is None else argv)
     try:
-        return arguments.run(arguments) or 0
+        with disk_errors(f"tools {arguments.argv[0]}", "make room or choose another place, and run it again"):
+            return arguments.run(arguments) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -147,10 +148,10 @@ def _check_data(arguments) -> int:
     findings = check_data(
         arguments.root, tasks, sets, encoder=_encoder(arguments), references=reference_problems, counts=arguments.counts,
         workers=arguments.workers)
-    if arguments.json:
-        findings.write_json(arguments.json, arguments.policy)
     for line in findings.lines(arguments.policy, arguments.show):
         print(line)
+    if arguments.json:
+        findings.write_json(arguments.json, arguments.policy)
     return findings.exit_status(arguments.policy)
 
 
@@ -224,9 +225,9 @@ def _compile(arguments) -> int:
     programs = PROGRAMS if arguments.program == "all" else (arguments.program,)
     order = Order(arguments.topology, programs, tuple(arguments.positions), arguments.hlo)
     report = compile_ahead(load_config(arguments.config, arguments.overrides), order)
+    print(compile_text(report))
     if arguments.json:
         write_report(report, arguments.json)
-    print(compile_text(report))
     return 0 if report["fits"] else 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from proglora_jax.checkpoints.hf_export import VISION_FOLDER, Change, processor_fields, save_source
 from proglora_jax.checkpoints.sources import Path, Source, find_source
-from proglora_jax.data.errors import UserError
+from proglora_jax.data.errors import UserError, disk_errors
 from proglora_jax.data.tokens import load_tokenizer
 
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -95,14 +95,16 @@ def write_folder(
 
 
 def check_free(out: Path) -> None:
-    """Refuses a place that something lies at.
+    """Refuses a place that something lies at, or where no folder can be made; before anything slow.
 
     Raises:
-        UserError: "<out>: is not empty; choose another folder or remove it"
+        UserError: "<out>: is not empty; choose another folder or remove it", "<out>: <why it cannot be made>; choose another folder"
     """
-    out = pathlib.Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is not empty; choose another folder or remove it")
+    out = pathlib.Path(out).absolute()
+    with disk_errors(out, "choose another folder", every=True):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out}: is not empty; choose another folder or remove it")
+    _make(out).rmdir()
 
 
 @contextlib.contextmanager
@@ -110,22 +112,30 @@ def whole_folder(out: Path) -> Iterator[pathlib.Path]:
     """A folder to write into, which gets the name `out` at the end; after an error nothing is left of it.
 
     Raises:
-        UserError: as `check_free`; what is raised inside, with the name `out` for the folder.
+        UserError: as `check_free`; what is raised inside, with the name `out` for the folder; "<out>: <what the disk says>; ..."
     """
     out = pathlib.Path(out).absolute()
     check_free(out)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = _make(out)
     try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        with disk_errors(out, "nothing was kept; make room or choose another folder", partial):
+            yield partial
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
     except UserError as error:  # what is said of the folder is said of the place that the user named
         raise UserError(str(error).replace(str(partial), str(out))) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make(out: pathlib.Path) -> pathlib.Path:
+    """The folder that becomes `out` once it is whole, empty."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with disk_errors(out, "choose another folder", every=True):
+        partial.mkdir(parents=True)
+    return partial
 
 
 def copy_tokenizer(source: Source, out: pathlib.Path) -> str:

@@ -24,7 +24,7 @@ from proglora_jax.continual.doctor_memory import MemoryPlan
 from proglora_jax.continual.doctor_plan import planned_stages
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
-from proglora_jax.data.errors import UserError
+from proglora_jax.data.errors import UserError, write_file
 from proglora_jax.training import collectives, flops, memory, programs, roofline, shapes
 from proglora_jax.training.attention_choice import choose_attention
 from proglora_jax.training.settings import Settings, from_config
@@ -124,9 +124,12 @@ def advice(plan: MemoryPlan) -> list[str]:
 
 
 def write_report(report: Mapping[str, Any], path: str) -> None:
-    """Writes a report as JSON."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(report, indent=1) + "\n")
+    """Writes a report as JSON, whole or not at all.
+
+    Raises:
+        UserError: "<path>: cannot be written (...); ..."
+    """
+    write_file(path, json.dumps(report, indent=1) + "\n")
 
 
 def _check_split(plan: MemoryPlan) -> None:

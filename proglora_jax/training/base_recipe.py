@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
-import shutil
 import time
 from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 
+from proglora_jax.checkpoints.hf_convert import check_free, whole_folder
 from proglora_jax.checkpoints.hf_export import processor_fields, save_llava
-from proglora_jax.data.errors import UserError
 from proglora_jax.data.synthetic import tokenizer as pieces
 from proglora_jax.data.synthetic.canvas import SIDE_PX
 from proglora_jax.data.synthetic.stencils import CELL_PX
@@ -82,11 +80,10 @@ def make_base(out: str, seed: int = 0, recipe: Recipe | None = None, log: Callab
         "seconds": wall clock}.
 
     Raises:
-        UserError: "<out>: is not empty; choose another folder or remove it"
+        UserError: as `hf_convert.check_free`, before anything is trained.
     """
-    recipe, folder = recipe or Recipe(), pathlib.Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{out}: is not empty; choose another folder or remove it")
+    recipe = recipe or Recipe()
+    check_free(out)
     start = time.time()
     tokenizer = pieces.build_tokenizer()
     ids = tokenizer.get_vocab()
@@ -143,23 +140,17 @@ def save_base(tree: dict, config: LlavaConfig, out: str) -> None:
 
     Built beside `out` and renamed, so that a folder that is there is whole.
     """
-    folder = pathlib.Path(out)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     head = {"kernel": jnp.asarray(np.asarray(tree["language"]["embed_tokens"]).T)}
     untied = dataclasses.replace(
         config, tie_word_embeddings=False, text_config=dataclasses.replace(config.text_config, tie_word_embeddings=False)
     )
-    save_llava(Llava.from_tree(untied, {**tree, "language": {**tree["language"], "lm_head": head}}), partial)
-    pieces.save_tokenizer(str(partial), POSITIONS)
-    for name, content in processor_files(config).items():
-        (partial / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for path in partial.iterdir():
-        path.chmod(0o644)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    with whole_folder(out) as folder:
+        save_llava(Llava.from_tree(untied, {**tree, "language": {**tree["language"], "lm_head": head}}), folder)
+        pieces.save_tokenizer(str(folder), POSITIONS)
+        for name, content in processor_files(config).items():
+            (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        for path in folder.iterdir():
+            path.chmod(0o644)
 
 
 def processor_files(config: LlavaConfig) -> dict[str, dict]:

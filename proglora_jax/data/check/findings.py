@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
-from proglora_jax.data.errors import UserError
+from proglora_jax.data.errors import write_file
 from proglora_jax.data.scans import record_name
 
 # {kind: (heading of its column, what it is, what training does with it)}, in the order of the report.
@@ -220,14 +219,7 @@ class Findings:
         Raises:
             UserError: "<path>: cannot be written (...)"
         """
-        partial = f"{path}.partial"
-        try:
-            with open(partial, "w", encoding="utf-8") as file:
-                json.dump(self.to_dict(policy), file, indent=1)
-                file.write("\n")
-            os.replace(partial, path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); check the folder and the free space") from error
+        write_file(path, json.dumps(self.to_dict(policy), indent=1) + "\n")
 
 
 def _count(row: FileRow) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from proglora_jax.data.errors import UserError
+from proglora_jax.data.errors import UserError, disk_errors
 from proglora_jax.data.synthetic import layout
 from proglora_jax.data.synthetic.ask_shapes import Item
 from proglora_jax.data.synthetic.words import named_rng, pick
@@ -46,6 +46,7 @@ def write_benchmark(
     Raises:
         UserError: "<root>: holds another benchmark (train_size=... there, ... asked for); delete the folder or choose another root",
             "<root>: exists and is not a coin_mini benchmark; choose another root",
+            "<root>: <what the disk says>; ...",
             "config.data.embedded_train_size=0: sizes must be >= 1" or "config.data.tasks: unknown task(s) ...".
     """
     names = tuple(tasks) if tasks is not None else tuple(layout.TASKS)
@@ -59,8 +60,9 @@ def write_benchmark(
     if (found := _existing(root, wanted)) is not None:
         return found
     parent = os.path.dirname(os.path.abspath(root))
-    os.makedirs(parent, exist_ok=True)
-    partial_root = tempfile.mkdtemp(prefix=f".{os.path.basename(os.path.abspath(root))}.partial.", dir=parent)
+    with disk_errors(root, "choose another root", every=True):
+        os.makedirs(parent, exist_ok=True)
+        partial_root = tempfile.mkdtemp(prefix=f".{os.path.basename(os.path.abspath(root))}.partial.", dir=parent)
     try:
         manifest = wanted | {"records": {}, "files": {}, "pixels": {}}
         for name in names:
@@ -72,7 +74,8 @@ def write_benchmark(
         # Another process may have finished the same benchmark first; then its folder is as good.
         if (found := _existing(root, wanted)) is not None:
             return found
-        raise
+        with disk_errors(root, "nothing was kept; make room or choose another root", partial_root):
+            raise
     finally:
         shutil.rmtree(partial_root, ignore_errors=True)
     logging.info("coin_mini: wrote %d tasks x (%d + %d) records to %s", len(names), train_size, test_size, root)
