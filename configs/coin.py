@@ -20,9 +20,10 @@ How alike tasks are is measured by the backbone's own vision tower and word embe
 and a BERT: --config.similarity.encoders=vit_bert --config.similarity.vit_path=/models/vit-base-patch16-224
 --config.similarity.bert_path=/models/bert-base-uncased.
 
-CoIN's scripts crop the images of four tasks when they ask, though all are padded in training; so does this config.
---config.evaluate.also_image_mode=pad asks these tasks a second time, padded, and reports both; a finished run to which it is added is only
-asked.
+CoIN's scripts crop the images of four tasks when they ask, though all are padded in training; so does this config, and asks these tasks a
+second time, padded, and reports both. --config.evaluate.also_image_mode= (nothing) asks once; a finished run to which it is added is only
+asked. recipe=coin_effective asks once, and 4,000 questions of each task, as the cited rows were scored: all of ScienceQA and, for the 7B
+model, of Grounding (the published subsets are not known; here a stable hash chooses).
 
 Answers are scored as CoIN's scripts for LLaVA do (and in a clean way, always). --config.evaluate.scienceqa_rule=llava or proglora reads
 ScienceQA's answers as LLaVA's and ProgLoRA's scripts do, --config.evaluate.grounding_rule=minigpt reads boxes as CoIN's script for
@@ -78,5 +79,10 @@ def make(
     parts, rows = OWN_BATCHES.get((batches, method), BATCHES[batches])
     sizes = {task: parts * count for task, count in zip(TASKS, rows)}
     config.train.update({"batch_size": sizes["ScienceQA"], "batch_sizes": sizes, "micro_batches": parts, "loss_groups": parts})
+    if recipe == "coin_effective":
+        whole = ("ScienceQA",) if backbone == "llava15_13b" else ("ScienceQA", "Grounding")
+        config.evaluate.update({"subset_size": 4000, "subset_except": whole})
+    else:
+        config.evaluate.also_image_mode = "pad"
     config.run.seed = seed
     return config

@@ -77,7 +77,8 @@ SECTIONS = {
     },
     "evaluate": {
         "batch_size": 32, "max_new_tokens": 0, "prompt_lengths": (704, 1024, 2048), "image_mode": "coin", "also_image_mode": "",
-        "share_prefix": "auto", "subset_size": 0, "subset_seed": 0, "imagenet_empty_ok": True, "grounding_truncate": True,
+        "share_prefix": "auto", "subset_size": 0, "subset_except": (), "subset_seed": 0,
+        "imagenet_empty_ok": True, "grounding_truncate": True,
         "scienceqa_rule": "coin", "grounding_rule": "coin",
     },
     # "vit_bert" is the paper's choice and needs two folders more; "backbone" makes do with what is loaded anyway.

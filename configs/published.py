@@ -6,9 +6,9 @@
     --config configs/published.py:method=lora                                   the main row of a method
 
 The rows are those of proglora_jax/evaluation/published.py, which has the printed numbers; `tools report WORKDIR --against published`
-sets a run beside its row. A row that the code cannot run yet says what is missing. What cannot be repeated at all: the rows of lora,
-moelora, zero_shot and multi_task were scored on random subsets that are not published. The two LoRAs lost the projector between tasks;
-that is repeated (recipe coin_effective: config.train.projector_init_per_task='random').
+sets a run beside its row. A row that the code cannot run yet says what is missing. The rows of lora, moelora, zero_shot and multi_task
+were scored on random subsets of 4,000 questions that are not published; here others are chosen. The two LoRAs lost the projector between
+tasks; that is repeated (recipe coin_effective: config.train.projector_init_per_task='random').
 
 The authors measured similarity with a ViT and a BERT: --config.similarity.encoders=vit_bert with vit_path and bert_path. Without these
 folders the rows of proglora use what the backbone has.
@@ -30,7 +30,7 @@ _QWEN = {"backbone": "qwen_vl_chat"}
 
 # Row -> (method, arguments of coin.make, hyper-parameters that differ from the method's own).
 ROWS = {
-    "zero_shot": ("zero_shot", _OWN, {}),
+    "zero_shot": ("zero_shot", _CITED, {}),
     "multi_task": ("multi_task", _CITED, {}),
     "lora": ("lora", _CITED, {}),
     "lwf": ("lwf", _OWN, {}),
@@ -61,7 +61,7 @@ ROWS = {
     "branchlora_10type_templates": ("branchlora", _OWN | {"templates": "10Type"}, {}),
     "pclr_no_integration": ("pclr", _OWN, {"integrate": False}),
     "pclr_no_progressive": ("pclr", _OWN, {"progressive": False}),
-    "zero_shot_qwen": ("zero_shot", _OWN | _QWEN, {}),
+    "zero_shot_qwen": ("zero_shot", _CITED | _QWEN, {}),
     "lora_qwen": ("lora", _CITED | _QWEN, {}),
     "moelora_qwen": ("moelora", _CITED | _QWEN, {}),
     "proglora_dynamic_qwen": ("proglora_dynamic", _OWN | _QWEN, {}),

@@ -46,6 +46,19 @@ def test_the_default_is_the_papers_protocol():
     assert settings.evaluate.subset_size == 0 and settings.evaluate.max_new_tokens == 0, "full test sets, each task's own cap"
 
 
+def test_questions_are_asked_as_each_recipe_reports_them():
+    """The cropped tasks are asked padded as well; CoIN's own rows are of 4,000 questions for all tasks but two, and not asked again."""
+    evaluate = settings_of(COIN, "").evaluate
+    assert (evaluate.image_mode, evaluate.also_image_mode, evaluate.subset_except) == ("coin", "pad", ())
+    evaluate = settings_of(COIN, "method=lora,recipe=coin_effective").evaluate
+    assert (evaluate.image_mode, evaluate.also_image_mode, evaluate.subset_size) == ("coin", "", 4000)
+    assert {task: evaluate.subset_of(task) for task in ("ScienceQA", "Grounding", "GQA")} == {"ScienceQA": 0, "Grounding": 0, "GQA": 4000}
+    evaluate = settings_of(COIN, "method=moelora,recipe=coin_effective,backbone=llava15_13b").evaluate
+    assert (evaluate.subset_of("ScienceQA"), evaluate.subset_of("Grounding")) == (0, 4000)
+    assert settings_of(PUBLISHED, "row=zero_shot").evaluate.subset_size == 4000
+    assert settings_of(PUBLISHED, "row=proglora_dynamic").evaluate.subset_size == 0
+
+
 @pytest.mark.parametrize("name", ["lora", "multi_task"])
 def test_the_large_block(name):
     method = settings_of(COIN, f"method={name}").method

@@ -126,7 +126,7 @@ def image_mode(settings: Settings, name: str, chosen: str = "") -> str:
 
 def other_images(settings: Settings, name: str) -> str:
     """How they are prepared when the task is asked a second time; "" where it is not, or would be asked the same again."""
-    chosen = settings.evaluate.also_image_mode
+    chosen = settings.evaluate.other_mode
     other = image_mode(settings, name, chosen) if chosen else ""
     return "" if other == image_mode(settings, name) else other
 

@@ -79,7 +79,8 @@ def _questions(workdir: Path, task: str) -> list[Question]:
         config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["config"]
         data, evaluate = config["data"], config["evaluate"]
         questions = load_task(data["root"], task, data["instruction_set"]).questions
-        return select_subset(questions, evaluate["subset_size"], evaluate["subset_seed"])
+        size = 0 if task in evaluate.get("subset_except", ()) else evaluate["subset_size"]
+        return select_subset(questions, size, evaluate["subset_seed"])
     except (UserError, OSError, ValueError, KeyError):
         return []
 

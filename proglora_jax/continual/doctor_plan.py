@@ -95,7 +95,7 @@ def train_rows(settings: Settings, task: str) -> int:
 def questions(settings: Settings, task: str) -> int:
     """Questions of a task that are asked."""
     size = settings.data.embedded_test_size if settings.data.benchmark == "embedded" else TASKS[task].eval_questions
-    return min(size, settings.evaluate.subset_size) if settings.evaluate.subset_size else size
+    return min(size, settings.evaluate.subset_of(task) or size)
 
 
 def steps_of(settings: Settings, rows: int, replay: Replay | None, replayed: int, batch: int, epochs: int = 0) -> int:

@@ -66,7 +66,7 @@ def update(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
 
 def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
     """The record of the run, from what lies in the stages' folders."""
-    tasks, run, other = session.tasks, session.settings.run, session.settings.evaluate.also_image_mode
+    tasks, run, other = session.tasks, session.settings.run, session.settings.evaluate.other_mode
     matrix: dict[str, list] = {mode: [] for mode in (*MODES, *(with_images(mode, other) for mode in MODES if other))}
     gates: dict[int, dict[str, list[float]]] = {}
     counts, seconds, read, blank, ceilings = [], [], [], [], {}

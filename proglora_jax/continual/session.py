@@ -122,7 +122,7 @@ class Session:
     def questions(self, task: str) -> list[Question]:
         """The questions of a task that are asked."""
         evaluate = self.settings.evaluate
-        return select_subset(self.data[task].questions, evaluate.subset_size, evaluate.subset_seed)
+        return select_subset(self.data[task].questions, evaluate.subset_of(task), evaluate.subset_seed)
 
     @property
     def score_options(self) -> ScoreOptions:
@@ -239,7 +239,7 @@ def _read_records(files: Mapping[str, TaskData], settings: Settings) -> None:
     for task in files.values():
         if settings.method.name != "zero_shot":
             _ = task.train
-        asked = select_subset(task.questions, settings.evaluate.subset_size, settings.evaluate.subset_seed)
+        asked = select_subset(task.questions, settings.evaluate.subset_of(task.task.name), settings.evaluate.subset_seed)
         check_references(task.task.scorer, references(task.task.scorer, asked, task.auxiliary), score_options(settings))
 
 

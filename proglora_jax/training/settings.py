@@ -155,12 +155,13 @@ class EvalSettings:
         max_new_tokens: cap on an answer; 0 takes each task's own from the table.
         prompt_lengths: prompt positions that batches are padded to, image included, in growing order.
         image_mode: "coin" (centre crop where CoIN's scripts crop) or "pad" (as in training).
-        also_image_mode: the other one, to ask every task whose images it prepares otherwise once more and to report both; "" for none.
-            A finished run to which it is added is only asked.
+        also_image_mode: the other one, to ask every task whose images it prepares otherwise once more and to report both; "" for none,
+            as is the same one. A finished run to which it is added is only asked.
         share_prefix: whether questions about one image share the pass over what their prompts begin with, system sentence and image:
             "auto" where the method's adapter does not depend on the prompt (then the function is the same) and where a task's questions
             share images so often that at least a fifth of the positions are saved, "on" wherever any two do, "off" nowhere.
         subset_size: questions per task, chosen by a stable hash; 0 takes all.
+        subset_except: tasks of which all questions are asked all the same.
         subset_seed: seed of that choice.
         imagenet_empty_ok: an empty ImageNet answer counts as right in the mode "coin", as in CoIN's script.
         grounding_truncate: the mode "coin" loses the last digit of a box, as CoIN's script does.
@@ -177,11 +178,21 @@ class EvalSettings:
     also_image_mode: str = ""
     share_prefix: str = "auto"
     subset_size: int = 0
+    subset_except: tuple = ()
     subset_seed: int = 0
     imagenet_empty_ok: bool = True
     grounding_truncate: bool = True
     scienceqa_rule: str = "coin"
     grounding_rule: str = "coin"
+
+    def subset_of(self, task: str) -> int:
+        """Questions of a task that are asked; 0 for all."""
+        return 0 if task in self.subset_except else self.subset_size
+
+    @property
+    def other_mode(self) -> str:
+        """The image mode in which tasks are asked a second time, "" for none."""
+        return "" if self.also_image_mode == self.image_mode else self.also_image_mode
 
 
 @dataclasses.dataclass(frozen=True)

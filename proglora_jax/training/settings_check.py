@@ -70,10 +70,11 @@ def check_settings(settings: Any) -> None:
         (_is_whole(evaluate.prompt_lengths), "evaluate.prompt_lengths", evaluate.prompt_lengths,
          "must be a list of whole numbers"),
         _one_of("evaluate.image_mode", evaluate.image_mode, ("coin", "pad")),
-        _one_of("evaluate.also_image_mode", evaluate.also_image_mode, ("", *({"coin", "pad"} - {evaluate.image_mode}))),
+        _one_of("evaluate.also_image_mode", evaluate.also_image_mode, ("", "coin", "pad")),
         _one_of("evaluate.share_prefix", evaluate.share_prefix, ("auto", "on", "off")),
         (evaluate.share_prefix != "on" or settings.method.fixed_at_test, "evaluate.share_prefix", "'on'",
          f"the adapter of {settings.method.name} depends on the prompt, so prompts cannot share their beginnings; set it to auto or off"),
+        (_are_tasks(evaluate.subset_except), "evaluate.subset_except", evaluate.subset_except, f"must be tasks of {', '.join(TASKS)}"),
         *(_at_least(f"evaluate.{name}", getattr(evaluate, name), least) for name, least in {
             "batch_size": 1, "max_new_tokens": 0, "subset_size": 0, "subset_seed": 0}.items()),
         _one_of("evaluate.scienceqa_rule", evaluate.scienceqa_rule, SCIENCEQA_RULES),
@@ -113,6 +114,10 @@ def _is_table(sizes: Any) -> bool:
     if not isinstance(sizes, Mapping):
         return False
     return all(name in (*TASKS, "multi_task") and type(size) is int and size >= 1 for name, size in sizes.items())
+
+
+def _are_tasks(names: Any) -> bool:
+    return isinstance(names, tuple) and all(name in TASKS for name in names)
 
 
 def _is_whole(values: Any, count: int | None = None) -> bool:

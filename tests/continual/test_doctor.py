@@ -26,6 +26,7 @@ from proglora_jax.training.settings import ModelSettings, from_config
 
 ROOT = Path(__file__).parents[2]
 COIN = str(ROOT / "configs" / "coin.py")
+ONCE = ["--config.evaluate.also_image_mode="]  # no task is asked a second time with its images padded
 TINY = LlavaConfig(
     text_config=LlamaConfig(64, 16, 24, num_hidden_layers=2, num_attention_heads=2),
     vision_config=ClipConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=4, patch_size=2),
@@ -34,8 +35,8 @@ TINY = LlavaConfig(
 
 
 def planned(argument: str = "", *overrides: str):
-    """(settings, stages) of configs/coin.py on a tiny model."""
-    values = load_config(f"{COIN}:{argument}", overrides)
+    """(settings, stages) of configs/coin.py on a tiny model, every task asked once."""
+    values = load_config(f"{COIN}:{argument}", [*ONCE, *overrides])
     values["data"]["root"] = "somewhere"
     settings = from_config(values)
     llava = shapes.abstract_backbone(TINY, settings.model)
@@ -87,6 +88,14 @@ def test_phases_have_steps_of_their_own_and_features_cost_none():
 def test_questions_that_are_asked_in_two_ways_count_twice():
     _, stages = planned("method=lora", "--config.evaluate.also_image_mode=pad")
     assert [stage.questions for stage in stages[:3]] == [2 * 4_241, 2 * 4_241 + 5_000, 2 * 4_241 + 5_000 + 2 * 5_050]
+    _, alike = planned("method=lora", "--config.evaluate.image_mode=pad", "--config.evaluate.also_image_mode=pad")
+    assert alike[0].questions == 4_241, "the same way twice is once"
+
+
+def test_subsets_leave_out_the_tasks_that_coin_asked_whole():
+    _, stages = planned("method=lora,recipe=coin_effective")
+    sizes = [4_241, 4_000, 4_000, 4_000, 4_000, 30_969, 4_000, 4_000]
+    assert [stage.questions for stage in stages] == [sum(sizes[: index + 1]) for index in range(8)]
 
 
 def test_limits_of_a_config_are_obeyed():
@@ -113,18 +122,22 @@ def test_steps_are_those_of_the_batch_plan(overrides, replay, expected):
 
 
 def test_hours_from_a_peak_and_from_a_measurement():
-    config = load_config(COIN)
+    config = load_config(COIN, ONCE)
     by_peak = diagnose(config, Machine(devices=1, peak_tflops=989, utilization=0.5))
     # 574 thousand rows of 19.7 TFLOP and 801 thousand prompts of 9.8 at 494.5 TFLOP/s
     assert re.search(r"all +6,968 +801,009 +6h20m +4h24m", by_peak)
     assert re.search(r"all +6,968 +801,009 +54m\d\ds +37m", diagnose(config, Machine(devices=7, peak_tflops=989, utilization=0.5)))
+    # four of eight tasks are cropped, and asked once more
+    twice = diagnose(load_config(COIN), Machine(devices=1, peak_tflops=989, utilization=0.5))
+    assert re.search(r"all +6,968 +1,386,852 +6h20m +7h38m", twice)
     measured = diagnose(config, Machine(devices=1, step_seconds=4.0, step_rows=100))
     assert "hours from 4 s measured for a step of 100 rows" in measured and re.search(r"801,009 +6h22m +-", measured)
     assert "no hours: give --step-seconds (measured) or --peak-tflops" in diagnose(config, Machine(devices=1))
 
 
 def test_hours_and_memory_follow_what_a_method_does_in_each_phase():
-    text = {name: diagnose(load_config(f"{COIN}:method={name}"), Machine(devices=1, peak_tflops=989)) for name in ("lora", "lwf", "pclr")}
+    machine = Machine(devices=1, peak_tflops=989)
+    text = {name: diagnose(load_config(f"{COIN}:method={name}", ONCE), machine) for name in ("lora", "lwf", "pclr")}
     minutes = {}
     for name, said in text.items():
         hours = re.search(r"all +[\d,]+ +801,009 +(\d+)h(\d+)m", said)

@@ -30,7 +30,8 @@ SMALL = {
     "method.rank": 2, "method.alpha": 4.0, "model.dtype": "float32", "model.param_dtype": "float32", "model.remat": "none",
     "data.max_length": 352, "data.buckets": ((352, 24),), "train.batch_size": 2, "train.batch_sizes": {}, "train.micro_batches": 2,
     "train.loss_groups": 2, "train.max_steps": 2, "evaluate.batch_size": 2, "evaluate.max_new_tokens": 4,
-    "evaluate.prompt_lengths": (352,), "evaluate.image_mode": "pad", "similarity.max_samples": 2, "run.tensorboard": False, "mesh.data": 1,
+    "evaluate.prompt_lengths": (352,), "evaluate.image_mode": "pad", "evaluate.also_image_mode": "",
+    "similarity.max_samples": 2, "run.tensorboard": False, "mesh.data": 1,
 }  # fmt: skip
 
 
