@@ -109,7 +109,7 @@ def export_merged(
         base: as for `export_adapter`.
         dtype: of the weights; None keeps the formats of the backbone's files.
         verify: as for `export_adapter`, without peft.
-        tolerance: as for `export_adapter`; of weights that are not f32 the difference is only reported.
+        tolerance: as for `export_adapter`; in half precision it holds before the cast, whose own difference is reported.
         log: takes a line of text.
 
     Returns:
@@ -126,13 +126,14 @@ def export_merged(
     source, warning = trained.backbone(base)
     say(log, warning)
     merge = Merge(trim_ranks(adapter, 0) if adapter else {}, jax.tree.map(np.asarray, trained.state.params["mm_projector"]))
+    again = Merge(merge.adapter, merge.projector)  # for the comparison; what it sums up is not the export's
     source = dataclasses.replace(source, protocol=f"{source.protocol}+{trained.method.name}")
 
     def check(partial: pathlib.Path) -> None:
         atomic_write_json(partial / RECORD, record(trained, kind="merged", task=_named(trained, id_, None), block=None))
         log(f"{trained.method.name}, stage {trained.folder.name}: {_what(trained, id_, None)} merged into {source.folder}")
         log(merge.report())
-        log(torch_check.checked(verify, lambda: torch_check.compare_merged(trained, source, partial, id_, tolerance)))
+        log(torch_check.checked(verify, lambda: torch_check.compare_merged(trained, source, partial, id_, again, tolerance)))
 
     write_folder(source, out, dtype=dtype, change=merge, check=check, log=log)
     return merge

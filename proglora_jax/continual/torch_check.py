@@ -17,18 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from proglora_jax.checkpoints.hf_export import Change, source_entries
 from proglora_jax.checkpoints.hf_import import load_source
+from proglora_jax.checkpoints.names import canonical
 from proglora_jax.checkpoints.sources import Source, find_source
 from proglora_jax.continual.trained import Trained
 from proglora_jax.core.types import CLState
 from proglora_jax.data.batch import INSTRUCTION
-from proglora_jax.data.errors import UserError
+from proglora_jax.data.errors import UserError, raise_collected
 from proglora_jax.methods.base import PROJECTOR
 from proglora_jax.methods.lora import LoRA
 from proglora_jax.models.layers import Settings
 from proglora_jax.training.step import gate_inputs
 
 TOLERANCE = 1e-4  # how far a logit may be from ours, both in f32
+_OTHERWISE_ROUNDED = 1e-3  # share of a tensor's elements; a sum in another order may round to the neighbour
 _TEXT = 24  # tokens around the image
 _ROOM = 1.3  # memory in use at the peak over the bytes of the weights in f32
 
@@ -78,23 +81,49 @@ def compare_adapter(
     return _verdict(folder, ours, _their_logits(torch, model, inputs), tolerance)
 
 
-def compare_merged(trained: Trained, source: Source, folder: pathlib.Path, task: int, tolerance: float = TOLERANCE) -> str:
+def compare_merged(
+    trained: Trained, source: Source, folder: pathlib.Path, task: int, change: Change, tolerance: float = TOLERANCE
+) -> str:
     """Loads the merged folder with transformers, in f32, and compares logits with the backbone plus the adapter, not merged.
 
-    Where the folder's weights are not f32, the difference is that of the cast, and is only reported.
+    Half precision would hide a wrong merge behind its rounding. So the weights in the folder are first compared with the merge in f32,
+    rounded; then that merge takes their place, and the logits must agree as closely as in f32. What the cast changes is reported.
+
+    Args:
+        trained: the stage.
+        source: its backbone.
+        folder: what was written.
+        task: id of the task.
+        change: the merge, see `hf_export.save_source`.
+        tolerance: how far a logit may be from ours.
 
     Returns:
         A sentence with the largest difference.
 
     Raises:
-        UserError: as `compare_adapter`.
+        UserError: as `compare_adapter`; "<folder>: <count> problem(s): <tensor> is not the merged one, rounded; ...".
     """
     transformers, torch = modules("torch")
     check_memory(source)
     inputs = _inputs(source)
     ours = _our_logits(trained, source, inputs, task, None)
-    exact = {tensor.format for tensor in find_source(folder).tensors.values()} <= {"F32", "F64"}
-    return _verdict(folder, ours, _their_logits(torch, _load(transformers, torch, folder), inputs), tolerance if exact else None)
+    model, written = _load(transformers, torch, folder), find_source(folder).tensors
+    cast = _their_logits(torch, model, inputs)
+    if {tensor.format for tensor in written.values()} <= {"F32", "F64"}:
+        return _verdict(folder, ours, cast, tolerance)
+    places, wrong = {canonical(name): tensor for name, tensor in model.state_dict().items()}, []
+    for entry in source_entries(source, np.float32, change):
+        whole, stored = entry.read(), written[entry.name].read()
+        if np.mean(stored != whole.astype(stored.dtype)) > _OTHERWISE_ROUNDED:
+            wrong.append(f"{entry.name} is not the merged one, rounded to {stored.dtype}")
+        if entry.name in places:
+            places[entry.name].copy_(torch.from_numpy(whole))
+    raise_collected(wrong, str(folder), "So it was not kept; please report this.")
+    after = float(np.max(np.abs(ours - cast)))
+    if not np.isfinite(after):
+        raise UserError(f"{folder}: its logits are not finite, some weights do not fit its format; it was not kept: use --dtype bfloat16")
+    said = _verdict(folder, ours, _their_logits(torch, model, inputs), tolerance)
+    return f"{said} before the cast to half precision, and by {after:.3g} after it; each weight is the merged one, rounded once"
 
 
 def modules(*names: str) -> list[Any]:
@@ -222,13 +251,12 @@ def too_far(tolerance: float, largest: float) -> str:
     return f"{tolerance:g} is allowed, and the largest logit is {largest:.3g}: {rounding}"
 
 
-def _verdict(folder: pathlib.Path, ours: np.ndarray, theirs: np.ndarray, tolerance: float | None) -> str:
-    """The sentence on a comparison; without a tolerance the difference is only reported."""
+def _verdict(folder: pathlib.Path, ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> str:
+    """The sentence on a comparison."""
     difference, largest = float(np.max(np.abs(ours - theirs))), float(np.max(np.abs(ours)))
-    if tolerance is not None and not difference < tolerance:
+    if not difference < tolerance:
         raise UserError(
             f"{folder}: differs from our model by {difference:.3g} in its logits ({too_far(tolerance, largest)}); it was not kept. Please "
             "report this with the versions of torch, transformers and peft"
         )
-    limit = "most of it the cast of the merged weights" if tolerance is None else f"{tolerance:g} is allowed"
-    return f"reloaded in torch: logits differ by {difference:.3g} at most, {limit} (the largest is {largest:.3g})"
+    return f"reloaded in torch: logits differ by {difference:.3g} at most, {tolerance:g} is allowed (the largest is {largest:.3g})"

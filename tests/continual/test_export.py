@@ -363,6 +363,34 @@ def test_a_wrong_export_is_noticed_and_not_kept(world, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+@pytest.mark.parametrize("wrong", ["sign of a linear", "layer left out", "layer left out of the file", ""])
+def test_a_wrong_merge_is_noticed_in_any_format(world, tmp_path, monkeypatch, wrong, dtype):
+    """Half precision hides much in the logits: before the cast they must agree as in f32, and the folder must hold that, rounded."""
+    call, write, trim = merge.Merge.__call__, export.write_folder, export.trim_ranks
+    last = "language_model.model.layers.1."
+
+    def without(change):
+        return lambda name, array, kind: array.astype(kind) if name.startswith(last) else change(name, array, kind)
+
+    if wrong == "sign of a linear":
+        flip = lambda leaf: leaf | {"b": -leaf["b"]}  # noqa: E731
+        monkeypatch.setattr(export, "trim_ranks", lambda adapter, least: (
+            lambda found: found | {"v_proj": flip(found["v_proj"])})(trim(adapter, least)))
+    elif wrong == "layer left out":
+        monkeypatch.setattr(merge.Merge, "__call__", lambda self, *rest: without(lambda *inner: call(self, *inner))(*rest))
+    elif wrong:
+        monkeypatch.setattr(export, "write_folder", lambda *rest, change, **more: write(*rest, change=without(change), **more))
+    how = lambda: exported(export_merged, world.run("lora"), tmp_path / "out", dtype=dtype, verify=True)  # noqa: E731
+    if wrong:
+        with pytest.raises(UserError, match="out: .*it was not kept"):
+            how()
+        assert not list(tmp_path.iterdir())
+    else:
+        said = how()
+        assert difference(said) < 1e-4 and ("after it" in said) == (dtype is not None)
+
+
 def test_the_tolerance_is_absolute_and_can_be_raised(world, tmp_path, monkeypatch, capsys):
     theirs, ours = torch_check._their_logits, torch_check._our_logits
     # logits of 30, as a 7B model has them, that are 5e-4 apart: within 1e-4 of the largest, and yet not the same
