@@ -1,10 +1,10 @@
 """Asks a stage's model the questions of a task, keeps every raw answer, and scores them; goes on where a killed run stopped.
 
     answers/<Task>.partial.jsonl   a header, then one line per answered question, each with a checksum; appended batch by batch;
-                                   "blank" says that the question's image could not be read
+                                   "blank" says that the question's image could not be read, "cut" that it is cut off
     answers/<Task>.jsonl           the same, complete, in the order of the questions
-    scores/<Task>.json             accuracy in both modes, mean gates, how many images stood blank, and what was asked and how it was
-                                   scored: the hashes of questions, references and answers, the rules of scoring
+    scores/<Task>.json             accuracy in both modes, mean gates, how many images stood blank or were cut off, and what was asked and
+                                   how it was scored: the hashes of questions, references and answers, the rules of scoring
 
 Where a task is asked a second time with images prepared in another way, that way follows its name (ImageNet_pad.jsonl).
 """
@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from proglora_jax.checkpoints.integrity import atomic_write_json, read_json, sha256_of_file
-from proglora_jax.continual.blank_images import blank_questions
+from proglora_jax.continual.blank_images import KINDS, odd_questions
 from proglora_jax.continual.session import Session
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import CLState
@@ -82,8 +82,7 @@ def evaluate_task(
     result |= {
         "task": name, "asked": asked, "answers_sha256": sha256_of_file(answers) if session.chief else "",
         "gates": _mean_gates(entries), "seconds": time.monotonic() - began, "image_mode": header["image_mode"],
-        "blank_images": len({questions[index].image for index, row in entries.items() if row.get("blank")}),
-    }
+    } | {f"{kind}_images": len({questions[index].image for index, row in entries.items() if row.get(kind)}) for kind in KINDS}
     if session.chief:
         atomic_write_json(path, result, checksum=True)
     return result, False
@@ -193,14 +192,15 @@ def _rows(
     if told.hear(out):  # the rows of a batch that one process could not read are left out together
         raise told.failure()
     rows, answered = [], np.flatnonzero(out["valid"])
-    blank = blank_questions((questions[int(out["example"][row])].image for row in answered), loader)
-    for row, is_blank in zip(answered, blank):
+    images = [questions[int(out["example"][row])].image for row in answered]
+    odd = {kind: odd_questions(images, loader, kind) for kind in KINDS}
+    for place, row in enumerate(answered):
         index, count = int(out["example"][row]), int(out["count"][row])
         text = session.encoder.tokenizer.decode(out["tokens"][row, :count].tolist()).strip()
         rows.append({
             "index": index, "question_id": questions[index].id, "prompt": questions[index].text, "text": text,
             "hit_cap": bool(out["hit_cap"][row]), "gates": [round(float(gate), 6) for gate in out["gates"][row]],
-        } | ({"blank": True} if is_blank else {}))
+        } | {kind: True for kind, found in odd.items() if found[place]})
     return rows
 
 

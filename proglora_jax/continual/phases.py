@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from proglora_jax.checkpoints.stage import find_newest, load_checkpoint, load_records, save_checkpoint
-from proglora_jax.continual.blank_images import BlankRows
+from proglora_jax.continual.blank_images import KINDS, BlankRows, odd_rows
 from proglora_jax.continual.feature_data import FeatureBatches, plan_rows
 from proglora_jax.continual.session import Session
 from proglora_jax.continual.stage_data import StageData, open_iterator, stage_data
@@ -35,19 +35,19 @@ Batches = TrainIterator | FeatureBatches
 
 @dataclasses.dataclass(frozen=True)
 class _PhaseData:
-    """What a phase trains on: batches, their number, names for messages, blank images, and whether replayed rows have their own mean."""
+    """What a phase trains on: batches, their number, names for messages, odd images, and whether replayed rows have their own mean."""
 
     batches: Batches
     steps: int
     example_name: Callable[[int, int], str]
-    blank: BlankRows
+    odd: dict[str, BlankRows]
     separate: bool = False
 
 
 def run_phases(
     session: Session, stage: Stage, stages: tuple[Stage, ...], info: TaskInfo, own: EncodedRows, state: CLState, probe: Probe, *,
     origin: str,
-) -> tuple[CLState, float, int]:
+) -> tuple[CLState, float, dict[str, int]]:
     """Trains the phases of a stage, each from its beginning or from the newest progress that can be trusted.
 
     Args:
@@ -61,9 +61,10 @@ def run_phases(
         origin: names what the stage began with.
 
     Returns:
-        (state after the last phase, seconds of training, how many images stood blank in it: distinct ones, replayed ones included).
+        (state after the last phase, seconds of training, how many images stood blank or were cut off, by `blank_images.KINDS`: distinct
+        ones, replayed ones included).
     """
-    method, seconds, blank = session.method, 0.0, set()
+    method, seconds, odd = session.method, 0.0, {kind: set() for kind in KINDS}
     phases = method.phases(info)
     shown = method.trainable_mask(state, info)
     for place, phase in enumerate(phases):
@@ -77,9 +78,10 @@ def run_phases(
             data = _phase_data(session, stage, info, own, state, phase, place, probe)
             state, passed = _run_phase(session, stage, stages, phase, place, len(phases), data, state, mask, origin)
             seconds += passed
-            blank |= data.blank.images()
+            for kind, rows in data.odd.items():
+                odd[kind] |= rows.images()
         state = method.after_phase(state, info, phase, probe)
-    return state, seconds, len(blank)
+    return state, seconds, {kind: len(images) for kind, images in odd.items()}
 
 
 def _phase_data(
@@ -88,8 +90,8 @@ def _phase_data(
     if not phase.features:
         data: StageData = stage_data(session, stage, own, session.method.replay(info), phase, place)
         names = {(row.task_id, row.index): f"{row.example.task} record {row.example.id}" for row in data.rows.rows}
-        blank = BlankRows(data.rows, data.plan.rows, session.train_loader)
-        return _PhaseData(open_iterator(session, data), len(data.plan), lambda *row: names[row], blank, data.separate)
+        odd = odd_rows(data.rows, data.plan.rows, session.train_loader)
+        return _PhaseData(open_iterator(session, data), len(data.plan), lambda *row: names[row], odd, data.separate)
     count = min(len(own), phase.rows or len(own))
     numbers = np.sort(replays.replay_indices(len(own), count, info.seed, info.name))
     features = probe(state, numbers)[phase.features]
@@ -98,8 +100,8 @@ def _phase_data(
     size = max(ways, size // ways * ways)
     plan = plan_rows(count, size, phase.epochs or train.epochs, train.max_steps, session.settings.run.seed * 1000 + stage.number)
     names = {int(number): own.describe(int(number)) for number in numbers}
-    blank = BlankRows(own, numbers, session.train_loader)
-    return _PhaseData(FeatureBatches(features, numbers, plan, stage.index), len(plan), lambda task, number: names[number], blank)
+    odd = odd_rows(own, numbers, session.train_loader)
+    return _PhaseData(FeatureBatches(features, numbers, plan, stage.index), len(plan), lambda task, number: names[number], odd)
 
 
 def _run_phase(
@@ -127,7 +129,7 @@ def _run_phase(
 
     def save(now: PhaseState) -> None:
         record = {"step": now.step, "phase": phase.name, "origin": origin, "loss": now.loss, "seconds": time.monotonic() - began,
-                  "blank": data.blank.numbers()}
+                  **{kind: rows.numbers() for kind, rows in data.odd.items()}}
         path = folder / f"{phase.name}_{now.step:07d}"
         save_checkpoint(path, _changed(now), {"meta": record, "iterator": _position(data.batches, now.step)})
         for old in sorted(folder.glob(f"{phase.name}_*[0-9]"))[:-2] if session.chief else ():
@@ -191,6 +193,7 @@ def _resume(session: Session, folder: Path, phase: Phase, origin: str, state: Ph
     for name, tree in loaded.items():
         setattr(state, name, tree)
     state.step, state.loss = records["meta"]["step"], records["meta"]["loss"]
-    data.blank.restore(records["meta"].get("blank", ()))
+    for kind, rows in data.odd.items():
+        rows.restore(records["meta"].get(kind, ()))
     session.logger.message(f"resumed after step {state.step} of phase {phase.name}, where the loss was {state.loss:.6g}")
     return float(records["meta"]["seconds"])

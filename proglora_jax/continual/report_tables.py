@@ -150,7 +150,8 @@ def _used_blocks(gates: dict[str, list[float]], expected: int) -> int:
 
 # Heads of a column, and what it counts in a record's `data`.
 _ROWS = {"rows": "rows", "left out, unusable": "bad_records", "left out, no answer": "unsupervised", "cut short": "truncated",
-         "with an empty answer": "empty_answers", "unreadable images, blank": "blank_images"}  # fmt: skip
+         "with an empty answer": "empty_answers", "unreadable images, blank": "blank_images",
+         "cut off, as far as they go": "cut_images"}  # fmt: skip
 
 
 def cost_section(record: RunRecord) -> Section | None:
@@ -170,11 +171,14 @@ def cost_section(record: RunRecord) -> Section | None:
         rows = [(_stage_name(record, stage), *(f"{read[name]:,}" if read and name in read else ABSENT for name in heads.values()))
                 for stage, read in enumerate(record.data)]  # fmt: skip
         tables.append(Table(("stage", *heads), tuple(rows), "Training rows of the stage's own tasks"))
-    if any(record.blank_images):
-        rows = [(_stage_name(record, stage), task, f"{count:,}") for stage, found in enumerate(record.blank_images)
+    for counts, head, title in (
+        (record.blank_images, "unreadable images, blank", "Images without which questions were asked"),
+        (record.cut_images, "cut off, as far as they go", "Images of which questions saw a part"),
+    ):
+        rows = [(_stage_name(record, stage), task, f"{count:,}") for stage, found in enumerate(counts)
                 for task, count in (found or {}).items()]  # fmt: skip
-        heads = ("stage", "questions of", "unreadable images, blank")
-        tables.append(Table(heads, tuple(rows), "Images without which questions were asked"))
+        if rows:
+            tables.append(Table(("stage", "questions of", head), tuple(rows), title))
     if any(record.seconds):
         rows, sums = [], {"train": 0.0, "evaluate": 0.0}
         for stage, seconds in enumerate(record.seconds):

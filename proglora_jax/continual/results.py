@@ -14,6 +14,7 @@ import numpy as np
 import proglora_jax
 from proglora_jax.checkpoints.integrity import read_json
 from proglora_jax.continual.answering import other_images, scores_file
+from proglora_jax.continual.blank_images import KINDS
 from proglora_jax.continual.run_record import FILE, RunRecord, load_run, save_run, with_images
 from proglora_jax.continual.session import Session
 from proglora_jax.continual.stages import FINAL, Stage
@@ -69,7 +70,7 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
     tasks, run, other = session.tasks, session.settings.run, session.settings.evaluate.other_mode
     matrix: dict[str, list] = {mode: [] for mode in (*MODES, *(with_images(mode, other) for mode in MODES if other))}
     gates: dict[int, dict[str, list[float]]] = {}
-    counts, seconds, read, blank, ceilings = [], [], [], [], {}
+    counts, seconds, read, odd, ceilings = [], [], [], {kind: [] for kind in KINDS}, {}
     for stage in stages:
         folder = stage.folder(session.workdir)
         scored = {task: _read(scores_file(folder, tasks[task])) for task in stage.evaluate}
@@ -90,7 +91,9 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
         counts.append(meta.get("trainable", {}))
         read.append(meta.get("data", {}))
         twice = {f"{tasks[task]}_{images[task]}": score for task, score in again.items() if score is not None and images[task]}
-        blank.append({name: score["blank_images"] for name, score in (known | twice).items() if score.get("blank_images")})
+        for kind, found in odd.items():
+            field = f"{kind}_images"
+            found.append({name: score[field] for name, score in (known | twice).items() if score.get(field)})
         spent = sum(score["seconds"] for score in (known | twice).values())
         seconds.append({"train": meta.get("seconds", {}).get("train", 0.0), "evaluate": spent})
     settings = {"learning rate": session.settings.train.learning_rate, "batch size": session.settings.train.batch_size,
@@ -103,7 +106,7 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
     return RunRecord(
         method=session.method.name, seed=run.seed, tasks=tasks, scoring=matrix, gates=gates, isolated=_isolated(session, matrix),
         baselines={"score of the references themselves": ceilings} if ceilings else {}, counts=counts, seconds=seconds, data=read,
-        blank_images=blank,
+        blank_images=odd["blank"], cut_images=odd["cut"],
         command=_command(session.workdir), versions=versions(), config_hash=config_hash(session.workdir),
         benchmark="coin_mini" if session.settings.data.benchmark == "embedded" else "CoIN", settings=settings,
     )

@@ -18,9 +18,11 @@ The file is one JSON object. Stages and blocks count from 0. A stage or score th
                                 of the whole files, also where config.data.train_examples takes fewer), and of those taken, how many
                                 teach nothing ("unsupervised"), were cut short ("truncated") or have an empty answer ("empty_answers");
                                 "blank_images": for how many distinct images of the rows that were trained on, replayed ones
-                                included, a blank one stood (config.data.on_bad_image=blank)
+                                included, a blank one stood (config.data.on_bad_image=blank); "cut_images": how many were cut off or
+                                damaged, and used as far as they could be decoded
     blank_images [{task: int}]  per stage: for how many distinct images of a task's questions a blank one stood; tasks without any are
                                 left out; "ImageNet_pad" and the like for images that were prepared in another way as well
+    cut_images   [{task: int}]  the same of images that were cut off or damaged
     command      str            the command that made the run
     versions     {package: str}
     config_hash  str
@@ -72,6 +74,7 @@ class RunRecord:
     seconds: Sequence[Mapping[str, float] | None] = ()
     data: Sequence[Mapping[str, int] | None] = ()
     blank_images: Sequence[Mapping[str, int] | None] = ()
+    cut_images: Sequence[Mapping[str, int] | None] = ()
     command: str = ""
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     config_hash: str = ""

@@ -11,6 +11,7 @@ import numpy as np
 from proglora_jax.checkpoints.stage import save_checkpoint
 from proglora_jax.continual import results, similarity
 from proglora_jax.continual.answering import evaluate_task, other_images
+from proglora_jax.continual.blank_images import KINDS
 from proglora_jax.continual.phases import run_phases
 from proglora_jax.continual.probes import open_probe
 from proglora_jax.continual.session import Session
@@ -88,12 +89,13 @@ def _train_stage(
     # ---- phases
     seconds, read = 0.0, {}
     if own:
-        state, seconds, blank = run_phases(
+        state, seconds, odd = run_phases(
             session, stage, stages, info, own, state, probe, origin=before.digest if before else session.base)
         state = method.end_task(state, info, probe)
-        read = {"rows": len(own)} | own.counts | {"blank_images": blank}
-        if blank:
-            session.logger.message(f"{stage.name}: {blank} image(s) could not be read; a blank one stood for each of them in training")
+        read = {"rows": len(own)} | own.counts | {f"{kind}_images": count for kind, count in odd.items()}
+        for kind, count in odd.items():
+            if count:
+                session.logger.message(f"{stage.name}: {count} image(s) {KINDS[kind]} in training")
 
     # ---- checkpoint
     tree = meshes.to_host(method.to_disk(state)) | {"embedding": {f"task_{stage.index:02d}": embedding}}
@@ -148,8 +150,9 @@ def _evaluate_stage(session: Session, stage: Stage, done: Finished) -> None:
         result, known = evaluate_task(session, state, done.digest, task, stage.local(task), folder, images)
         shown = ", ".join(f"{mode} {value:.2f}" for mode, value in result["accuracy"].items())
         session.logger.message(f"after stage {stage.number + 1} {stage.name}: {name} {shown}{way}")
-        if result.get("blank_images"):
-            session.logger.message(f"{name}: {result['blank_images']} image(s) could not be read; a blank one stood for each of them")
+        for kind, said in KINDS.items():
+            if result.get(f"{kind}_images"):
+                session.logger.message(f"{name}: {result[f'{kind}_images']} image(s) {said}")
         lost = {mode: value for mode, value in result["ceiling"].items() if value < 100.0}
         if lost and not known and not images:
             listed = ", ".join(f"{mode} {value:.2f}" for mode, value in lost.items())

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,8 +20,17 @@ from proglora_jax.data.errors import UserError
 
 T = TypeVar("T")
 
-# Pillow has no per-call switch. Published archives hold cut-off files; CoIN trains on what could be decoded of them.
-ImageFile.LOAD_TRUNCATED_IMAGES = True
+
+class _Tolerance(threading.local):
+    """Pillow's switch for files that are cut off, thread by thread: Pillow itself has one for all."""
+
+    on = False
+
+    def __bool__(self) -> bool:
+        return self.on
+
+
+_tolerance = ImageFile.LOAD_TRUNCATED_IMAGES = _Tolerance()
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -149,6 +158,7 @@ class ImageLoader:
         mode: "pad", "crop" or "squash".
         on_bad: "raise" or "blank".
         bad: paths that were replaced by a blank image.
+        cut: paths of files that are cut off or damaged, of which what could be decoded was used, as CoIN does.
     """
 
     def __init__(self, spec: ImageSpec, mode: str = "pad", on_bad: str = "raise", cache_bytes: int = 0):
@@ -163,6 +173,7 @@ class ImageLoader:
             raise UserError(f"config.data.on_bad_image={on_bad}: choose one of {', '.join(BAD_IMAGE_POLICIES)}")
         self.spec, self.mode, self.on_bad, self._cache_bytes = spec, mode, on_bad, cache_bytes
         self.bad: set[str] = set()
+        self.cut: set[str] = set()
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
         self._used = 0
         self._lock = threading.Lock()
@@ -178,7 +189,10 @@ class ImageLoader:
                 self._cache.move_to_end(path)
                 return self._cache[path]
         try:
-            pixels = prepare_pixels(open_rgb(path), self.spec.size, self.mode, self.spec.background, self.spec.resample)
+            image, damage = read_rgb(path)
+            if damage:
+                self._note_cut(path, damage)
+            pixels = prepare_pixels(image, self.spec.size, self.mode, self.spec.background, self.spec.resample)
         except UserError as error:
             if self.on_bad == "raise":
                 raise
@@ -189,6 +203,13 @@ class ImageLoader:
             pixels = np.broadcast_to(np.asarray(self.spec.background, np.uint8), (self.spec.size, self.spec.size, 3))
         self._remember(path, pixels)
         return pixels
+
+    def _note_cut(self, path: str, damage: str) -> None:
+        with self._lock:
+            if path not in self.cut:
+                logging.warning("%s: is cut off or damaged (%s); what can be decoded of it is used (number %d of this run).", path, damage,
+                                len(self.cut) + 1)
+            self.cut.add(path)
 
     def _remember(self, path: str, pixels: np.ndarray) -> None:
         if pixels.nbytes > self._cache_bytes:
@@ -207,7 +228,18 @@ def open_rgb(path: str) -> Image.Image:
     Raises:
         UserError: "<path>: no such image ...", "<path>: cannot be read as an image (...)", "<path>: has too many pixels ..."
     """
-    return _opened(path, _to_rgb)
+    return read_rgb(path)[0]
+
+
+def read_rgb(path: str) -> tuple[Image.Image, str]:
+    """(image as `open_rgb` gives it, why it could not be decoded strictly; "" for one that is whole).
+
+    Published archives hold cut-off files; CoIN trains on what can be decoded of them.
+    """
+    try:
+        return _opened(path, _to_rgb), ""
+    except _Damaged as strict:
+        return _opened(path, _to_rgb, tolerant=True), strict.reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,23 +260,20 @@ class ImageFacts:
     rotated: bool
 
 
-def inspect_image(path: str) -> ImageFacts:
-    """Decodes a whole image as `open_rgb` does and says what it was; errors as `open_rgb`."""
-    return _opened(path, _facts)
+def inspect_image(path: str, *, tolerant: bool = False) -> ImageFacts:
+    """Decodes a whole image and says what it was; a file that is cut off is an error unless `tolerant`; errors as `open_rgb`."""
+    return _opened(path, _facts, tolerant=tolerant)
 
 
-@contextlib.contextmanager
-def strict_decoding() -> Iterator[None]:
-    """Inside, files that are cut off are errors for all threads; outside, what can be decoded of them is used."""
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+class _Damaged(UserError):
+    """An image whose bytes cannot be decoded; `reason` says why."""
+
+    reason = ""
 
 
-def _opened(path: str, read: Callable[[Image.Image], T]) -> T:
+def _opened(path: str, read: Callable[[Image.Image], T], *, tolerant: bool = False) -> T:
     """`read(image)` of a file, with a sentence for whatever fails."""
+    _tolerance.on = tolerant
     try:
         with Image.open(path) as image:
             return read(image)
@@ -255,7 +284,11 @@ def _opened(path: str, read: Callable[[Image.Image], T]) -> T:
     except Exception as error:  # decoders raise many kinds for damaged bytes
         reason = type(error).__name__ if isinstance(error, Image.UnidentifiedImageError) else str(error).split("\n")[0][:120]
         advice = "download it again, or set config.data.on_bad_image=blank."
-        raise UserError(f"{path}: cannot be read as an image ({reason}); {advice}") from error
+        damaged = _Damaged(f"{path}: cannot be read as an image ({reason}); {advice}")
+        damaged.reason = reason
+        raise damaged from error
+    finally:
+        _tolerance.on = False
 
 
 def _facts(image: Image.Image) -> ImageFacts:

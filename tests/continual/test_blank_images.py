@@ -14,7 +14,7 @@ import tiny_run
 from tiny_run import here  # noqa: F401 (a fixture)
 
 from proglora_jax.continual import blank_images
-from proglora_jax.continual.blank_images import BlankRows, blank_questions
+from proglora_jax.continual.blank_images import BlankRows, odd_questions
 from proglora_jax.data.synthetic.benchmark import write_benchmark
 from proglora_jax.training.log import RunLogger
 from proglora_jax.training.loop import Stopped
@@ -67,6 +67,27 @@ def test_training_and_questions_are_counted_and_told(here, damaged, caplog):  # 
     assert [line["index"] for line in lines if "blank" in line] == [1, 4]
 
 
+def test_cut_off_images_are_counted_and_told(here, tmp_path, caplog):  # noqa: F811
+    write_benchmark(str(here.root), 0, 20, 6)
+    root = tmp_path / "cut"
+    shutil.copytree(here.root, root)
+    train = json.loads((root / SETS / "TextVQA" / "train.json").read_text())
+    asked = json.loads((root / SETS / "TextVQA" / "val.json").read_text())
+    for record in (train[0], train[6], train[11], asked[4]):
+        path = root / "cl_dataset" / record["image"]
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    workdir = here.run("cut", "lora", data__root=str(root), **FIELDS)
+    results = json.loads((workdir / "results.json").read_text())
+    assert [stage["cut_images"] for stage in results["data"]] == [3] and results["cut_images"] == [{"TextVQA": 1}]
+    assert told(workdir) == ([0], [{}])
+    assert len(re.findall(r"is cut off or damaged \(", caplog.text)) == 4
+    text = (workdir / "report.md").read_text()
+    assert "cut off, as far as they go" in text and re.search(r"\| 1 TextVQA +\| +TextVQA +\| +1 +\|", text)
+    (stage,) = tiny_run.stage_folders(workdir)
+    lines = [json.loads(line) for line in (stage / "answers" / "TextVQA.jsonl").read_text().splitlines()][1:]
+    assert [line["index"] for line in lines if "cut" in line] == [4]
+
+
 def test_a_run_without_bad_images_says_none(here):  # noqa: F811
     workdir = here.run("sound", "lora", **FIELDS)
     assert told(workdir) == ([0], [{}]) and "blank" not in (workdir / "report.md").read_text()
@@ -110,7 +131,7 @@ def test_only_rows_of_the_batches_count_and_each_image_once():
     assert blank.numbers() == [0, 1] and blank.images() == {"a"}, "the third bad one is in no batch"
     blank.restore([5])
     assert blank.numbers() == [0, 1, 5] and blank.images() == {"a", "d"}
-    assert blank_questions(["a", "b", None, "elsewhere"], loader) == [True, False, False, True]
+    assert odd_questions(["a", "b", None, "elsewhere"], loader, "blank") == [True, False, False, True]
 
 
 def test_what_was_blank_stays_counted_when_bad_images_are_an_error_again():
@@ -123,4 +144,6 @@ def test_what_another_process_read_counts(monkeypatch):
     monkeypatch.setattr(blank_images, "in_any_process", lambda mine: mine | np.array([False, False, True]))
     loader = SimpleNamespace(bad={"a"}, on_bad="blank")
     assert BlankRows(rows("a", "b", "c"), np.arange(3), loader).images() == {"a", "c"}
-    assert blank_questions(["a", "b", "c"], loader) == [True, False, True]
+    cut = SimpleNamespace(bad=set(), cut={"b"}, on_bad="raise")
+    assert BlankRows(rows("a", "b", "c"), np.arange(3), cut, "cut").images() == {"b", "c"}
+    assert odd_questions(["a", "b", "c"], loader, "blank") == [True, False, True]

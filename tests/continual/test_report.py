@@ -41,6 +41,7 @@ def record(stages=8, **changes):
         "seconds": [{"train": 187.0, "evaluate": 42.0}] * stages,
         "data": [{"rows": 1200 + stage, "bad_records": 2 * (stage == 5), "truncated": 0} for stage in range(stages)],
         "blank_images": [{}] * stages,
+        "cut_images": [{}] * stages,
         "command": "python -m proglora_jax.main --config configs/coin.py",
         "versions": {"jax": "0.10.2"},
         "config_hash": "1a2b3c",
@@ -110,7 +111,11 @@ def test_blank_images_are_told_where_there_are_any(tmp_path):
     text = written(run, tmp_path)[0]
     assert load_run(tmp_path) == run
     assert re.search(r"\| stage +\| rows +\| unreadable images, blank +\|", text) and re.search(r"\| 2 TextVQA +\| +9 +\| +3 +\|", text)
-    assert "Images without which questions were asked" in text
+    assert "Images without which questions were asked" in text and "Images of which" not in text
+    run = record(3, data=[{"rows": 9, "cut_images": 2}] * 3, cut_images=[{}, {"TextVQA": 3}, {}])
+    cut = written(run, tmp_path)[0]
+    assert re.search(r"\| stage +\| rows +\| cut off, as far as they go +\|", cut) and re.search(r"\| 2 TextVQA +\| +9 +\| +2 +\|", cut)
+    assert "Images of which questions saw a part" in cut and re.search(r"\| 2 TextVQA +\| +TextVQA +\| +3 +\|", cut)
     assert re.search(r"\| 3 ImageNet +\| +TextVQA +\| +1,200 +\|\n\| 3 ImageNet +\| +ImageNet_pad +\| +1 +\|", text)
 
 

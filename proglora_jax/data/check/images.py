@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from proglora_jax.data.errors import UserError
-from proglora_jax.data.images import ImageFacts, inspect_image, strict_decoding
+from proglora_jax.data.images import ImageFacts, inspect_image
 
 IMAGE_KINDS = MISSING, CORRUPT, TRUNCATED = "missing_image", "corrupt_image", "truncated_image"
 # Images per job: large enough that handing jobs out costs nothing, small enough that the last ones end together.
@@ -82,7 +82,7 @@ def look_at_images(paths: Sequence[str], workers: int, tick: Callable[[int], Non
     """
     states: list[ImageState | None] = [None] * len(paths)
     chunks = [range(start, min(start + _CHUNK, len(paths))) for start in range(0, len(paths), _CHUNK)]
-    with warnings.catch_warnings(), strict_decoding(), ThreadPoolExecutor(workers) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd files; what matters is found out here
         jobs = {pool.submit(_look_at_some, [paths[i] for i in chunk]): chunk for chunk in chunks}
         try:
@@ -118,7 +118,7 @@ def _look_at(path: str) -> ImageState:
 def _second_look(path: str, strict: ImageState) -> ImageState:
     """What cannot be decoded strictly may still be usable: training takes what it can get of a file that is cut off."""
     try:
-        facts = inspect_image(path)
+        facts = inspect_image(path, tolerant=True)
     except UserError as error:
         return ImageState(CORRUPT, str(error), strict.content)
     reason = strict.reason.partition("(")[2].rpartition(")")[0]
