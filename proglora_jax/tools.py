@@ -1,4 +1,4 @@
-"""Verbs for people: report, compare, check-data, doctor, compile, convert, predict, make-benchmark, make-base.
+"""Verbs for people: report, compare, check-data, doctor, compile, convert, predict, make-benchmark, make-instructions, make-base.
 
 Each explains itself: python -m proglora_jax.tools VERB --help.
 """
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m proglora_jax.tools", description="Tools around proglora_jax.")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     for add in (_add_report, _add_compare, _add_check_data, _add_doctor, _add_compile, _add_convert, _add_predict, _add_make_benchmark,
-                _add_make_base):
+                _add_make_instructions, _add_make_base):
         add(verbs)
     arguments, rest = parser.parse_known_args(argv)
     if rest and not hasattr(arguments, "overrides"):
@@ -301,28 +301,9 @@ def _add_predict(verbs) -> None:
 
 
 def _predict(arguments) -> None:
-    from proglora_jax.continual import predict
-    from proglora_jax.continual.trained import open_trained
+    from proglora_jax.continual.predict import answer_command
 
-    if (arguments.question is None) == (arguments.questions is None):
-        raise UserError("give --question TEXT (with --image FILE where it is about one), or --questions FILE")
-    if arguments.questions and arguments.image:
-        raise UserError("--image: belongs to --question; the lines of --questions name their own images")
-    if arguments.max_new_tokens < 0:
-        raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: must be above 0")
-    asked = predict.read_questions_file(arguments.questions) if arguments.questions else [(arguments.question, arguments.image)]
-    trained = open_trained(arguments.workdir, arguments.stage)
-    task = trained.asked_task(arguments.task)
-    questions = predict.make_questions(asked, arguments.instruction, trained.config["data"].get("instruction_set", "Original"))
-    source, warning = trained.backbone(arguments.base)
-    if warning:
-        print(warning, file=sys.stderr)
-    if not arguments.json:
-        told = f", asked as {trained.tasks()[task]}" if trained.method.uses_task_id else ""
-        print(f"{trained.method.name}, stage {trained.folder.name}{told}")
-    options = {"max_new_tokens": arguments.max_new_tokens, "image_mode": arguments.image_mode}
-    for prediction in predict.Predictor(trained, source)(questions, task, **options):
-        print(predict.as_json(prediction, trained) if arguments.json else "\n" + predict.describe(prediction))
+    answer_command(arguments)
 
 
 def _add_make_benchmark(verbs) -> None:
@@ -339,6 +320,26 @@ def _make_benchmark(arguments) -> None:
 
     write_benchmark(arguments.root, arguments.seed, arguments.train_size, arguments.test_size)
     baselines(arguments.root)
+
+
+def _add_make_instructions(verbs) -> None:
+    summary = "Make the files of another instruction set from those that are there; only the instruction in each record is exchanged."
+    parser = _verb(verbs, "make-instructions", summary, _make_instructions)
+    parser.add_argument("root", help="data root; holds playground/ and cl_dataset/")
+    parser.add_argument("--set", required=True, help="the set to make: Diverse, 10Type or Original")
+    parser.add_argument("--from", dest="source", default="Original", help="the set that the files are of (Original)")
+    parser.add_argument("--tasks", default="coin", help="a named order, or task names with commas between")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice among several instructions")
+
+
+def _make_instructions(arguments) -> None:
+    from proglora_jax.checkpoints.hf_convert import whole_folder
+    from proglora_jax.data.retemplate import target_folder, write_set
+    from proglora_jax.data.tasks import ORDERS
+
+    tasks = arguments.tasks if arguments.tasks in ORDERS else _names(arguments.tasks)
+    with whole_folder(target_folder(arguments.root, arguments.set, arguments.source, tasks)) as partial:
+        write_set(arguments.root, partial, arguments.set, arguments.source, tasks, arguments.seed)
 
 
 def _add_make_base(verbs) -> None:

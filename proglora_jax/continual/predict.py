@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from absl import logging
 
 from proglora_jax.checkpoints.hf_import import load_source
 from proglora_jax.checkpoints.sources import Source
-from proglora_jax.continual.trained import Trained
+from proglora_jax.continual.trained import Trained, open_trained
 from proglora_jax.core import mesh as meshes
 from proglora_jax.data.errors import UserError, raise_collected
 from proglora_jax.data.images import ImageLoader, ImageSpec
@@ -252,3 +253,30 @@ def as_json(prediction: Prediction, trained: Trained) -> str:
     gates = {name: round(gate, 6) for name, gate in prediction.gates.items()}
     fields = {"question": prediction.question, "image": prediction.image, "answer": prediction.answer, "cut_off": prediction.cut_off}
     return json.dumps(fields | {"gates": gates, "method": trained.method.name, "stage": trained.folder.name}, ensure_ascii=False)
+
+
+def answer_command(arguments: Any) -> None:
+    """What `tools predict` does with its parsed arguments.
+
+    Raises:
+        UserError: for what the user can mend.
+    """
+    if (arguments.question is None) == (arguments.questions is None):
+        raise UserError("give --question TEXT (with --image FILE where it is about one), or --questions FILE")
+    if arguments.questions and arguments.image:
+        raise UserError("--image: belongs to --question; the lines of --questions name their own images")
+    if arguments.max_new_tokens < 0:
+        raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: must be above 0")
+    asked = read_questions_file(arguments.questions) if arguments.questions else [(arguments.question, arguments.image)]
+    trained = open_trained(arguments.workdir, arguments.stage)
+    task = trained.asked_task(arguments.task)
+    questions = make_questions(asked, arguments.instruction, trained.config["data"].get("instruction_set", "Original"))
+    source, warning = trained.backbone(arguments.base)
+    if warning:
+        print(warning, file=sys.stderr)
+    if not arguments.json:
+        told = f", asked as {trained.tasks()[task]}" if trained.method.uses_task_id else ""
+        print(f"{trained.method.name}, stage {trained.folder.name}{told}")
+    options = {"max_new_tokens": arguments.max_new_tokens, "image_mode": arguments.image_mode}
+    for prediction in Predictor(trained, source)(questions, task, **options):
+        print(as_json(prediction, trained) if arguments.json else "\n" + describe(prediction))

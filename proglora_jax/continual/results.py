@@ -97,7 +97,7 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
         spent = sum(score["seconds"] for score in (known | twice).values())
         seconds.append({"train": meta.get("seconds", {}).get("train", 0.0), "evaluate": spent})
     settings = {"learning rate": session.settings.train.learning_rate, "batch size": session.settings.train.batch_size,
-                "instruction set": session.settings.data.instruction_set, "protocol": run.protocol}
+                "instruction set": _instruction_set(session), "protocol": run.protocol}
     # The rules of the mode "coin", where they are not those of CoIN's scripts for LLaVA.
     usual = dataclasses.asdict(ScoreOptions())
     settings |= {name: value for name, value in dataclasses.asdict(session.score_options).items() if value != usual[name]}
@@ -140,6 +140,15 @@ def read_isolated(session: Session) -> dict[str, float] | None:
             f"config.run.isolated_results={named}: has no isolated result of {', '.join(missing)}; run these tasks with "
             "config.run.protocol=isolated first")
     return {task: record.isolated[task] for task in session.tasks}
+
+
+def _instruction_set(session: Session) -> str:
+    """The set's name, and where its files were made from another one, how many records."""
+    name, made = session.settings.data.instruction_set, [found for data in session.data.values() if (found := data.made_from)]
+    if not made:
+        return name
+    count, kept = (sum(found[f"train{end}"] + found[f"questions{end}"] for found in made) for end in ("", "_kept"))
+    return f"{name} (made from {made[0]['from']}: {count - kept:,} records and questions re-templated, {kept:,} could not be)"
 
 
 def _isolated(session: Session, matrix: Mapping[str, list]) -> dict[str, float] | None:

@@ -28,6 +28,8 @@ for _set, _folders in FOLDERS.items():
 
 # The folder beside those of the tasks whose train.json has the records of all eight, for multi-task training.
 MULTITASK = "Multitask"
+# In the folder of a set that was made from another one: what was done, by task.
+MADE = "re_templated.json"
 _BY_IMAGES = {
     "TextVQA": "TextVQA", "ImageNet_withlabel": "ImageNet", "ImageNet": "ImageNet", "GQA": "GQA", "VizWiz": "VizWiz",
     "OCR-VQA": "OCRVQA", "OCRVQA": "OCRVQA",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from proglora_jax.data.errors import UserError
-from proglora_jax.data.instruction_sets import FOLDERS, MULTITASK, find_set, task_of
+from proglora_jax.data.instruction_sets import FOLDERS, MADE, MULTITASK, find_set, task_of
 from proglora_jax.data.scans import Scan
 from proglora_jax.data.schema import Example, Question, Record, read_examples, read_json, read_questions, scan_examples, scan_questions
 
@@ -131,6 +131,15 @@ class TaskData:
         """How the training file is read."""
         own = os.path.dirname(self.train_path) == self.folder
         return {"boxes": self.answers_are_boxes, "keep": None if own else lambda record: task_of(record) == self.task.name}
+
+    @cached_property
+    def made_from(self) -> dict[str, object]:
+        """What `tools make-instructions` noted of these files: the set they are made from, and how many records stayed; {} for published
+        files. Raises: UserError as `read_json` does.
+        """
+        path = os.path.join(os.path.dirname(self.folder), MADE)
+        made = read_json(path) if os.path.exists(path) else {}
+        return made.get(self.task.name, {}) if isinstance(made, dict) else {}
 
     @property
     def answers_are_boxes(self) -> bool:

@@ -102,6 +102,10 @@ def _walk_task(checker: RecordChecker, root: str, name: str, instruction_set: st
         row.problems["file"] += 1
         tick(2)
         return row, SeenFile(), SeenFile()
+    if made := data.made_from:
+        kept, count = (sum(made[part + end] for part in ("train", "questions")) for end in ("_kept", ""))
+        remark = f"records made from {made['from']} by tools make-instructions"
+        checker.findings.note(f"{name}, {instruction_set}", f"{remark} ({kept:,} more have no known instruction)", count - kept)
     before = len(checker.findings.problems)
     train = checker.check_train(data, row.train, expected[0])
     train.problems = checker.findings.problems[before:]
