@@ -23,6 +23,7 @@ from proglora_jax.continual.results import versions
 from proglora_jax.continual.session import check_preset, model_folder
 from proglora_jax.core import mesh as meshes
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.instruction_sets import REDUCED, find_set
 from proglora_jax.models.presets import PRESETS, LlavaConfig
 from proglora_jax.training import memory, roofline, shapes
 from proglora_jax.training.attention_choice import choose_attention
@@ -94,6 +95,9 @@ def diagnose(config: Mapping[str, Mapping[str, Any]], machine: Machine | None = 
         values.setdefault("data", {})["root"] = _NOT_SET
         notes.append("config.data.root is not set: name the folder that holds playground/ and cl_dataset/ before the run")
     settings = from_config(values)
+    if find_set(settings.data.instruction_set) in REDUCED:
+        notes.append(f"config.data.instruction_set={settings.data.instruction_set}: how many records its files have is not known here; "
+                     "rows, steps, questions and hours are those of the whole set, at most")
     settings, _ = choose_attention(settings, jax.default_backend(), planned=True)
     sizes, source = model_sizes(settings.model)
     found, problem = weights_found(settings.model)

@@ -102,7 +102,8 @@ class Predictor:
         cap = max_new_tokens or self.trained.config["evaluate"]["max_new_tokens"] or self._longest()
         generate = make_generator(self.trained.method, self.mesh, cap, tokenizer.eos_id, tokenizer.pad_id, tokenizer.size)
         rows = -(-min(ROWS, len(questions)) // ways) * ways
-        batches = eval_batches(questions, self.encoder, ImageLoader(self.images, image_mode), batch_size=rows, task_id=task)
+        loader = ImageLoader(self.images, image_mode, advice="give another file")
+        batches = eval_batches(questions, self.encoder, loader, batch_size=rows, task_id=task)
         if batches.truncated():
             longest = self.encoder.max_length
             logging.warning("%d question(s) are cut to %d positions (config.data.max_length of the run)", len(batches.truncated()), longest)

@@ -161,8 +161,12 @@ class ImageLoader:
         cut: paths of files that are cut off or damaged, of which what could be decoded was used, as CoIN does.
     """
 
-    def __init__(self, spec: ImageSpec, mode: str = "pad", on_bad: str = "raise", cache_bytes: int = 0):
-        """Args: spec, mode, on_bad: as in `load_image`; cache_bytes: memory for prepared uint8 pixels, 0 for none.
+    def __init__(
+        self, spec: ImageSpec, mode: str = "pad", on_bad: str = "raise", cache_bytes: int = 0, *,
+        advice: str = "set config.data.on_bad_image=blank",
+    ):
+        """Args: spec, mode, on_bad: as in `load_image`; cache_bytes: memory for prepared uint8 pixels, 0 for none; advice: what else can
+        be done about a bad image.
 
         Raises:
             UserError: "config.evaluate.image_mode=x: choose one of ...", "config.data.on_bad_image=x: choose one of raise, blank"
@@ -172,6 +176,7 @@ class ImageLoader:
         if on_bad not in BAD_IMAGE_POLICIES:
             raise UserError(f"config.data.on_bad_image={on_bad}: choose one of {', '.join(BAD_IMAGE_POLICIES)}")
         self.spec, self.mode, self.on_bad, self._cache_bytes = spec, mode, on_bad, cache_bytes
+        self._advice = advice
         self.bad: set[str] = set()
         self.cut: set[str] = set()
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
@@ -195,10 +200,10 @@ class ImageLoader:
             pixels = prepare_pixels(image, self.spec.size, self.mode, self.spec.background, self.spec.resample)
         except UserError as error:
             if self.on_bad == "raise":
-                raise
+                raise UserError(f"{error}, or {self._advice}.") from error
             with self._lock:
                 if path not in self.bad:
-                    logging.warning("%s A blank image stands in (number %d of this run).", error, len(self.bad) + 1)
+                    logging.warning("%s. A blank image stands in (number %d of this run).", error, len(self.bad) + 1)
                 self.bad.add(path)
             pixels = np.broadcast_to(np.asarray(self.spec.background, np.uint8), (self.spec.size, self.spec.size, 3))
         self._remember(path, pixels)
@@ -278,13 +283,12 @@ def _opened(path: str, read: Callable[[Image.Image], T], *, tolerant: bool = Fal
         with Image.open(path) as image:
             return read(image)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such image; check config.data.root, download it, or set config.data.on_bad_image=blank.") from error
+        raise UserError(f"{path}: no such image; check config.data.root, download it") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: has too many pixels to be opened safely; shrink it, or set config.data.on_bad_image=blank.") from error
+        raise UserError(f"{path}: has too many pixels to be opened safely; shrink it") from error
     except Exception as error:  # decoders raise many kinds for damaged bytes
         reason = type(error).__name__ if isinstance(error, Image.UnidentifiedImageError) else str(error).split("\n")[0][:120]
-        advice = "download it again, or set config.data.on_bad_image=blank."
-        damaged = _Damaged(f"{path}: cannot be read as an image ({reason}); {advice}")
+        damaged = _Damaged(f"{path}: cannot be read as an image ({reason}); download it again")
         damaged.reason = reason
         raise damaged from error
     finally:

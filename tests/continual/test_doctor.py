@@ -295,6 +295,13 @@ def test_other_verbs_still_refuse_unknown_arguments(capsys):
     assert "unrecognized arguments: --fast" in capsys.readouterr().err
 
 
+def test_the_counts_of_reduced_sets_are_not_known():
+    note = ("config.data.instruction_set=slim_0.3: how many records its files have is not known here; rows, steps, questions and hours are "
+            "those of the whole set, at most")
+    assert note in advice(diagnose(load_config(COIN, ["--config.data.instruction_set=slim_0.3"]), Machine(devices=1)))
+    assert not any("is not known here" in line for line in advice(diagnose(load_config(COIN), Machine(devices=1))))
+
+
 def test_a_folder_is_asked_for_its_sizes(tmp_path):
     folder = tiny_run.save_model(tmp_path / "model")
     for weights in folder.glob("*.safetensors"):

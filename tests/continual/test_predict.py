@@ -93,7 +93,8 @@ def test_mistakes_give_one_sentence(world, photo, tmp_path, capsys):  # noqa: F8
         ("--question", "a", "--questions", "b"): "give --question TEXT",
         ("--question", " \n"): "--question: is empty; ask something",
         ("--question", "a", "--image", "nowhere.png"): "--image nowhere.png: no such image",
-        ("--question", "a", "--image", str(broken)): "broken.png: cannot be read as an image",
+        ("--question", "a", "--image", str(broken)):
+            r"broken.png: cannot be read as an image \(.*\); download it again, or give another file\.$",
         ("--question", "a", "--stage", "7"): "has no trained stage 7; it has 00_textvqa, 01_imagenet",
         ("--question", "a", "--task", "GQA"): "--task GQA: proglora_dynamic does not know tasks",
         ("--question", "a", "--instruction", "Poems"): "--instruction Poems: no such task; choose one of ScienceQA",
