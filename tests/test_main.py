@@ -127,6 +127,9 @@ def unread_settings(classes: dict[str, type]) -> list[str]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         names = owners(tree, classes)
         read |= {(section, attribute) for owner, attribute in reads(tree) for section in classes if owner in names[section]}
+        for node in ast.walk(tree):  # what a section's own methods read of it
+            own = [section for section, cls in classes.items() if isinstance(node, ast.ClassDef) and node.name == cls.__name__]
+            read |= {(section, attribute) for section in own for owner, attribute in reads(node) if owner == "self"}
     return [f"{section}.{field}" for section, cls in classes.items() for field in sorted(fields(cls)) if (section, field) not in read]
 
 
