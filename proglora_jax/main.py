@@ -218,8 +218,10 @@ def _begun(workdir: Path) -> bool:
 
 
 def _comparable(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """{"section.field": value} of all fields that decide the results, in the form that JSON gives back."""
-    flat = {f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()}
+    """{"section.field": value} of all fields that decide the results, those it does not name too, in the form that JSON gives back."""
+    from proglora_jax.training.config_defaults import completed
+
+    flat = {f"{section}.{name}": value for section, fields in completed(config).items() for name, value in fields.items()}
     return json.loads(json.dumps({name: value for name, value in flat.items() if name not in _FREE}))
 
 

@@ -223,6 +223,12 @@ def test_a_workdir_belongs_to_one_process_and_one_config(tmp_path):
     with pytest.raises(UserError, match="belongs to another config: config.run.seed is 1 there and 2 here. Choose"):
         with main.claim_workdir(tmp_path / "run", config | {"run": {"seed": 2, "log_every_steps": 5}}):
             pass
+    # what an earlier version did not know has its default there
+    with main.claim_workdir(tmp_path / "run", config | {"evaluate": {"subset_except": ()}, "method": {"name": "lora", "dropout": 0.05}}):
+        pass
+    with pytest.raises(UserError, match=r"config.evaluate.subset_except is \[\] there and \['GQA'\] here"):
+        with main.claim_workdir(tmp_path / "run", config | {"evaluate": {"subset_except": ("GQA",)}}):
+            pass
     with pytest.raises(UserError, match="config.run.fresh is absent there and None here"):
         with main.claim_workdir(tmp_path / "run", config | {"run": {"seed": 1, "fresh": None}}):
             pass

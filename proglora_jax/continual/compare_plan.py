@@ -19,6 +19,7 @@ from proglora_jax.checkpoints.integrity import read_json
 from proglora_jax.continual.run_record import load_run
 from proglora_jax.data.errors import UserError
 from proglora_jax.methods.registry import METHODS, method_class
+from proglora_jax.training.config_defaults import completed
 from proglora_jax.training.config_file import load_config
 
 Config = Mapping[str, Mapping[str, Any]]
@@ -54,8 +55,8 @@ class PlannedRun:
         """Whether the workdir holds this very run, complete."""
         try:
             stated = read_json(self.workdir / "config.json").get("config")
-            return stated == _plain(self.config) and load_run(self.workdir).finished
-        except (UserError, AttributeError):
+            return _plain(completed(stated)) == _plain(completed(self.config)) and load_run(self.workdir).finished
+        except (UserError, AttributeError, TypeError):
             return False
 
 

@@ -271,7 +271,7 @@ class Settings:
     run: RunSettings
 
 
-_SECTIONS = {
+SECTIONS = {
     "model": ModelSettings, "data": DataSettings, "train": TrainSettings, "evaluate": EvalSettings,
     "similarity": SimilaritySettings, "mesh": MeshSettings, "run": RunSettings,
 }
@@ -283,15 +283,15 @@ def from_config(config: Mapping[str, Any]) -> Settings:
     Raises:
         UserError: "config.<section>.<field>: unknown field; ..." or the sentence for a value that does not fit.
     """
-    unknown = sorted(set(config) - set(_SECTIONS) - {"method"})
+    unknown = sorted(set(config) - set(SECTIONS) - {"method"})
     if unknown:
-        raise UserError(f"config.{unknown[0]}: unknown section; known: method, {', '.join(_SECTIONS)}")
+        raise UserError(f"config.{unknown[0]}: unknown section; known: method, {', '.join(SECTIONS)}")
     for section, fields in config.items():
         if not isinstance(fields, Mapping):
             raise UserError(f"config.{section}={fields!r}: must be a section with fields, not {type(fields).__name__}")
     method = dict(config.get("method", {}))
     cls = method_class(str(method.pop("name", "")))
-    sections = {name: build(section, config.get(name, {}), f"config.{name}") for name, section in _SECTIONS.items()}
+    sections = {name: build(section, config.get(name, {}), f"config.{name}") for name, section in SECTIONS.items()}
     settings = Settings(method=build(cls, method, "config.method"), **sections)
     check_settings(settings)
     return settings

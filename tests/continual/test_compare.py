@@ -150,6 +150,19 @@ def test_finished_runs_are_not_repeated(tmp_path):
     assert set(again.starts().values()) == {1}
 
 
+def test_a_run_of_an_earlier_version_is_finished_though_it_does_not_name_newer_fields(tmp_path):
+    world = World(tmp_path, ["lora"])
+    world.run()
+    path = world.runs[0].workdir / "config.json"
+    content = json.loads(path.read_text())
+    del content["config"]["evaluate"]["subset_except"], content["config"]["method"]["dropout"]
+    path.write_text(json.dumps(content))
+    assert not World(tmp_path, ["lora"]).runs[0].finished, "coin_mini trains without dropout, which is not the default"
+    content["config"]["method"]["dropout"] = 0.0
+    path.write_text(json.dumps(content))
+    assert World(tmp_path, ["lora"]).runs[0].finished
+
+
 def test_a_run_of_another_config_is_not_taken_for_finished(tmp_path):
     World(tmp_path, ["lora"]).run()
     changed = World(tmp_path, ["lora"], overrides=["--config.train.epochs=1"])
