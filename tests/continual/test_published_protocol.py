@@ -120,7 +120,8 @@ def test_a_sequence_with_another_instruction_set_and_images_as_coin_prepares_the
     monkeypatch.setattr(stage_data, "encode_rows", encode_and_note)
     monkeypatch.setattr(ImageLoader, "pixels", lambda self, path: prepared.append((path, self.mode)) or prepare(self, path))
     tasks = ("ScienceQA", "GQA", "Grounding")
-    workdir = run(here, parts, f"method=lora,templates={templates}", **{"data.tasks": ",".join(tasks), "evaluate.image_mode": "coin"})
+    options = tiny_run.DYNAMIC | {"data.tasks": ",".join(tasks), "evaluate.image_mode": "coin"}
+    workdir = run(here, parts, f"method=proglora_dynamic,templates={templates}", **options)
     results = json.loads((workdir / "results.json").read_text())
     assert results["tasks"] == list(tasks) and [len(row) for row in results["scoring"]["coin"]] == [1, 2, 3]
     assert results["settings"]["instruction set"] == templates
@@ -143,3 +144,14 @@ def test_a_sequence_with_another_instruction_set_and_images_as_coin_prepares_the
         assert (mine.questions == original.questions) == same
         found = predictor(mine.questions, 0, image_mode=mode)
         assert [answer.answer for answer in found] == [answers[index]["text"] for index in range(2)]
+
+    # the same answers in torch, for the task whose images are padded, as the exported module prepares them
+    clean, out = here.folder / f"clean_{templates}", here.folder / f"exported_{templates}"
+    places = ["--vision", parts["model__vision_path"], "--projector", parts["model__projector_path"], "--out", str(clean)]
+    assert tools.main(["convert", "from-hf", parts["model__path"], *places]) == 0
+    torch.set_num_threads(1)
+    assert tools.main(["convert", "to-hf", str(workdir), "--kind", "dynamic", "--base", str(clean), "--out", str(out)]) == 0
+    model, questions = load_module(out / "gated_llava.py").GatedLlava.load(str(out)), load_task(str(here.root), "GQA", templates).questions
+    asked = read_answers(workdir / "stages" / "02_grounding" / "answers" / "GQA.jsonl")
+    found = model.answer([question.text for question in questions], [question.image for question in questions], 4)
+    assert found == [asked[index]["text"] for index in range(len(questions))]
