@@ -29,7 +29,7 @@ SIZES = dict(rank=16, alpha=32.0, a_init="normal001")
 
 @functools.cache
 def five_steps(method):
-    """(losses, hash of what LoRA has too, names of the rest, whether the rest is as it was)."""
+    """(losses, what LoRA has too, names of the rest, whether the rest is as it was)."""
     run = harness.Harness(method, backbone="stub")
     state, mask = run.begin(run.initial(), 0)
     first = jax.tree.map(np.array, state.params)
@@ -39,7 +39,17 @@ def five_steps(method):
     shared = {"block": factors, "mm_projector": last["mm_projector"]}
     rest = sorted(set(last) - {"shared", *shared})
     before, after = ({name: params[name] for name in rest} for params in (first, last))
-    return losses, trees.digest(shared), rest, trees.digest(before) == trees.digest(after)
+    return losses, shared, rest, trees.digest(before) == trees.digest(after)
+
+
+def assert_equal(one, other):
+    """To the last bit."""
+    assert trees.digest(one) == trees.digest(other)
+
+
+def assert_alike(one, other):
+    """To last bits of the largest; values near zero keep fewer digits of their own (seen: 1e-7, and 5e-5 of a value)."""
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), one, other)
 
 
 ROUTED = ["key", "keys", "pool", "query_projector"]
@@ -58,7 +68,7 @@ def test_first_stage_is_plain_lora_bit_for_bit(method, names):
     losses, blocks, _, _ = five_steps(LoRA(**sizes))
     mine, same, rest, untouched = five_steps(method)
     assert mine == losses and len(set(losses)) == 5
-    assert same == blocks
+    assert_equal(same, blocks)
     assert untouched and rest == names
 
 
@@ -68,8 +78,8 @@ def test_without_a_past_regularised_lora_is_plain_lora(cls):
     plain = dict(rank=16, alpha=32.0, a_init="kaiming")
     losses, blocks, _, _ = five_steps(LoRA(**plain))
     mine, same, _, _ = five_steps(cls(**plain))
-    np.testing.assert_allclose(mine, losses, rtol=1e-6)
-    assert cls is EWC or (mine, same) == (losses, blocks)
+    assert_alike(same, blocks) if cls is EWC else assert_equal(same, blocks)
+    np.testing.assert_allclose(mine, losses, rtol=1e-6 if cls is EWC else 0)
 
 
 def test_the_first_stage_of_sema_has_the_losses_of_plain_lora_bit_for_bit():
@@ -85,7 +95,7 @@ def test_the_first_stage_of_sema_has_the_losses_of_plain_lora_bit_for_bit():
         params = jax.tree.map(np.asarray, after.params)
         results.append((losses, {name: params[name] for name in ("block", "mm_projector")}))
     assert results[0][0] == results[1][0] and len(set(results[0][0])) == 5
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-7), results[0][1], results[1][1])
+    assert_alike(results[0][1], results[1][1])
     for name in ("row", "row_bias", "descriptor"):
         assert trees.digest({name: params[name]}) == trees.digest({name: first[name]})
 
