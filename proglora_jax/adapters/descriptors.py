@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from proglora_jax.core import precise
 from proglora_jax.core.types import PyTree
 
 LEAST_RECORDS = 3
@@ -27,8 +28,8 @@ def init_descriptor(generator: np.random.Generator, layers: int, width: int, inn
 def errors(descriptor: PyTree, features: jax.Array) -> jax.Array:
     """Mean squared reconstruction error of each feature: descriptors [E, ...], f32[B, E, D] -> f32[B, E]."""
     encoder, decoder = descriptor["encoder"], descriptor["decoder"]
-    code = jnp.einsum("bed,edh->beh", features, encoder["kernel"]) + encoder["bias"]
-    back = jnp.einsum("beh,ehd->bed", code, decoder["kernel"]) + decoder["bias"]
+    code = precise.einsum("bed,edh->beh", features, encoder["kernel"]) + encoder["bias"]
+    back = precise.einsum("beh,ehd->bed", code, decoder["kernel"]) + decoder["bias"]
     return jnp.mean(jnp.square(back - features), axis=-1)
 
 

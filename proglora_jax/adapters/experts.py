@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from proglora_jax.core import precise
 from proglora_jax.core.types import PyTree
 
 ROUTER_INPUTS = ("token", "first_token", "mean_prompt")
@@ -22,7 +23,10 @@ def init_routers(generator: np.random.Generator, targets, experts: int) -> PyTre
 
 
 def router_logits(x: jax.Array, router: jax.Array) -> jax.Array:
-    """x[B, T, d_in] by router f32[d_in, E], or by one per row f32[B, d_in, E] -> f32[B, T, E], summed in float32."""
+    """x[B, T, d_in] by router f32[d_in, E], or by one per row f32[B, d_in, E] -> f32[B, T, E].
+
+    Summed in float32; below float32 the router is rounded to the dtype of x, which is rounded already.
+    """
     kernel = router.astype(x.dtype)
     if kernel.ndim == 3:
         return jnp.einsum("bti,bie->bte", x, kernel, preferred_element_type=jnp.float32)
@@ -45,7 +49,7 @@ def pick_positions(x: jax.Array, prompt: jax.Array, router_input: str) -> jax.Ar
     if router_input == "first_token":
         return x[:, :1]
     weights = prompt / jnp.maximum(prompt.sum(axis=1, keepdims=True), 1)
-    return jnp.einsum("bt,bti->bi", weights, x.astype(jnp.float32))[:, None].astype(x.dtype)
+    return precise.einsum("bt,bti->bi", weights, x.astype(jnp.float32))[:, None].astype(x.dtype)
 
 
 def top_k_gates(logits: jax.Array, k: int, renorm: str) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from proglora_jax.core import precise
 from proglora_jax.core.types import PyTree
 
 LAYER_NORM_EPS = 1e-5
@@ -67,9 +68,9 @@ def query_projector(params: PyTree, z: jax.Array, variant: str = "paper") -> jax
     """
     first, second, norm = params["linear_1"], params["linear_2"], params["norm"]
     if variant == "paper":
-        h = jax.nn.silu(z @ first["kernel"] + first["bias"]) @ second["kernel"] + second["bias"]
+        h = precise.matmul(jax.nn.silu(precise.matmul(z, first["kernel"]) + first["bias"]), second["kernel"]) + second["bias"]
     else:
-        h = jax.nn.silu((z @ first["kernel"]) @ second["kernel"])
+        h = jax.nn.silu(precise.matmul(precise.matmul(z, first["kernel"]), second["kernel"]))
     h = h - h.mean(-1, keepdims=True)
     h = h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + LAYER_NORM_EPS)
     return h * norm["scale"] + norm["bias"]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from proglora_jax.adapters.gates import mean_feature
+from proglora_jax.core import precise
 
 EPSILON = 1e-12
 # Scores are rounded to this many digits before ranks are chosen: keys that are equal must tie in every program, for rounding errors of
@@ -20,7 +21,7 @@ def unit(x: jax.Array) -> jax.Array:
 
 def cosines(queries: jax.Array, keys: jax.Array) -> jax.Array:
     """f32[B, D], f32[M, D] -> f32[B, M]."""
-    return unit(queries) @ unit(keys).T
+    return precise.matmul(unit(queries), unit(keys).T)
 
 
 def text_query(embeddings: jax.Array, mask: jax.Array) -> jax.Array:
@@ -46,8 +47,8 @@ def rank_scores(text: jax.Array, image: jax.Array, text_keys: jax.Array, image_k
     Returns:
         f32[..., B, R].
     """
-    by_text = jnp.einsum("bd,...rd->...br", text, unit(text_keys))
-    return by_text + weight * jnp.einsum("bd,...rd->...br", image, unit(image_keys))
+    by_text = precise.einsum("bd,...rd->...br", text, unit(text_keys))
+    return by_text + weight * precise.einsum("bd,...rd->...br", image, unit(image_keys))
 
 
 def top_ranks(scores: jax.Array, allowed: jax.Array, count: int) -> jax.Array:

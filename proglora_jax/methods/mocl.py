@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proglora_jax.adapters import gates as gating
+from proglora_jax.core import precise
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
@@ -89,7 +90,7 @@ class MoCL(Pooled):
         query = gating.mean_feature(inputs.embeddings, inputs.segments == segments.INSTRUCTION)  # [B, D]
         old = params["keys"] if self.train_old_keys else jax.lax.stop_gradient(params["keys"])
         newest = (jnp.arange(old.shape[0]) == inputs.stage)[:, None]
-        return _unit(query) @ _unit(jnp.where(newest, params["key"][None], old)).T
+        return precise.matmul(_unit(query), _unit(jnp.where(newest, params["key"][None], old)).T)
 
     def gates(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> PyTree:
         """One weight per block and sample."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from proglora_jax.core import precise
 from proglora_jax.core.types import CLState, PyTree
 from proglora_jax.methods.base import GateInputs, Passes, require, require_choice
 from proglora_jax.methods.pooled import Pooled
@@ -68,7 +69,7 @@ class OLoRA(Pooled):
         learned = jnp.repeat(jnp.arange(slots) < stage, self.rank)[None, :, None]
         total, entries = jnp.float32(0), 0
         for name, block in params["block"].items():
-            products = jnp.einsum("lip,liq->lpq", params["pool"][name]["a"], block["a"], preferred_element_type=jnp.float32)  # [L, C*r, r]
+            products = precise.einsum("lip,liq->lpq", params["pool"][name]["a"], block["a"], preferred_element_type=jnp.float32)
             total = total + jnp.where(learned, jnp.abs(products), 0.0).sum()
             entries += products.shape[0] * self.rank**2
         return total if self.reduction == "sum" else total / (entries * jnp.maximum(stage, 1))

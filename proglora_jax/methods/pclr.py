@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from proglora_jax.adapters import distill, keys, lowrank, rank_pool
+from proglora_jax.core import precise
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
@@ -172,7 +173,7 @@ class PCLR(RankMethod):
         if not inputs.training:
             parts = self._parts(params, memory, self.queries(inputs), valid)
             by_task = jax.nn.one_hot(memory["origin"], memory["queries"]["text"].shape[0])
-            shares = jnp.einsum("lbr,rn->bn", parts["pool"][:, :, 0], by_task)
+            shares = precise.einsum("lbr,rn->bn", parts["pool"][:, :, 0], by_task)
             return {"parts": parts, "blocks": shares / jnp.maximum(shares.sum(axis=1, keepdims=True), 1e-9)}
         if inputs.phase == "integrate":
             task = self.task_drawn(inputs.running, inputs.draw, inputs.stage)
@@ -212,7 +213,7 @@ class PCLR(RankMethod):
             loss = self._distillation(params, memory, inputs, passes)
             return loss, {"distillation": loss}
         count, query = self.narrow_ranks if inputs.phase == "learn_narrow" else self.rank, self.queries(inputs)
-        near = lambda kind: jnp.einsum("bd,lrd->blr", query[kind], keys.unit(params["new_keys"][kind][:, :count]))
+        near = lambda kind: precise.einsum("bd,lrd->blr", query[kind], keys.unit(params["new_keys"][kind][:, :count]))
         apart = lambda kind: 1.0 - near(kind).mean(axis=(1, 2))
         align = (apart("text") + apart("image") * inputs.image_mask).mean()
         return self.align_weight * align, {"align": align}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proglora_jax.adapters import gates as gating
+from proglora_jax.core import precise
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
@@ -244,7 +245,7 @@ class ProgLoRADynamic(Pooled):
         old = params["keys"] if self.train_old_keys else jax.lax.stop_gradient(params["keys"])
         newest = (jnp.arange(old.shape[0]) == stage)[:, None]
         keys = jnp.where(newest, params["key"][None], old)  # [M, D]
-        return (h @ keys.T) / self._temperature(z.shape[-1])
+        return precise.matmul(h, keys.T) / self._temperature(z.shape[-1])
 
     def _memory_logits(self, params: PyTree, features: jax.Array, stage: jax.Array) -> jax.Array:
         """Logits of stored features f32[..., D]; f32[..., L, D] where every layer has a router."""

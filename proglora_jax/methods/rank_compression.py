@@ -7,6 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from proglora_jax.adapters import keys, rank_pool
+from proglora_jax.core import precise
 from proglora_jax.core.types import CLState
 from proglora_jax.methods.rank_method import RankMethod
 from proglora_jax.methods.views import TaskInfo
@@ -33,7 +34,7 @@ def compress(method: RankMethod, state: CLState, info: TaskInfo, turn: rank_pool
     asked = {kind: leaf[: info.index + 1] for kind, leaf in memory["queries"].items()}
     score = keys.rank_scores(asked["text"], asked["image"], own["text"], own["image"], method.image_weight_of(params))  # [L + 1, t, C]
     chosen = keys.top_ranks(score, jnp.arange(size) < len(kept), method.top_ranks)
-    own = {kind: keys.unit(leaf + jnp.einsum("ltr,td->lrd", chosen, asked[kind])) for kind, leaf in own.items()}
+    own = {kind: keys.unit(leaf + precise.einsum("ltr,td->lrd", chosen, asked[kind])) for kind, leaf in own.items()}
     memory |= {"count": jnp.int32(len(kept)), "origin": rank_pool.keep_rows(memory["origin"][:, None], kept)[:, 0]}
     smaller = {name: rank_pool.keep(params[name], kept) for name in ("pool", "projector_pool")}
     carry = state.carry | ({"running": {"weights": jnp.ones(info.total, jnp.float32)}} if method.integrate else {})

@@ -12,6 +12,7 @@ import numpy as np
 
 from proglora_jax.adapters import descriptors, lowrank
 from proglora_jax.adapters.gates import mean_feature
+from proglora_jax.core import precise
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import Adapter, CLState, PyTree, Targets
 from proglora_jax.data import batch as segments
@@ -43,7 +44,7 @@ def layer_gate(leaves: PyTree, gates: PyTree, h: jax.Array, *, rank: int, slots:
     newest = jnp.arange(leaves["rows"].shape[0]) == stage
     rows = jnp.where(newest[:, None], leaves["row"], jax.lax.stop_gradient(leaves["rows"]))
     biases = jnp.where(newest, leaves["row_bias"], jax.lax.stop_gradient(leaves["row_biases"]))
-    logits = jnp.where(leaves["modules"] > 0, xbar @ rows.T + biases, -jnp.inf)
+    logits = jnp.where(leaves["modules"] > 0, precise.matmul(xbar, rows.T) + biases, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1)  # [B, M]
     frozen = weights[:, :slots]
     rest = {name: leaf for name, leaf in leaves.items() if name not in (*ROUTER, "modules")}

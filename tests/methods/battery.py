@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import harness
 import jax
@@ -260,6 +261,48 @@ def check_half_precision_trains(name: str) -> None:
     seen = record[0][-1]
     assert np.mean(seen[-3:]) < 0.6 * np.mean(seen[:3])
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(trained.params))
+
+
+def check_routing_is_in_full_precision(name: str) -> None:
+    """In a half-precision run every product of two float32 arrays that plain LoRA does not have is computed in full float32."""
+    plain = {shape for shape, _ in float32_products("lora")}
+    rounded = [shape for shape, precision in float32_products(name) if shape not in plain and precision != FULL]
+    assert not rounded
+
+
+FULL = (jax.lax.Precision.HIGHEST,) * 2
+
+
+@functools.cache
+def float32_products(name: str) -> list[tuple[Any, Any]]:
+    """(shapes of the operands, precision asked for) of every product of float32 arrays in a method's steps and its forward pass at test."""
+    run, info = make(name, dtype="bfloat16"), make(name).info(0)
+    state, mask = run.begin(run.initial(), 0)
+    rows = meshes.put_batch(next(run.batches(0, None)), run.mesh)
+    programs = [run.forward.trace(state.params, state.memory, run.llava, rows, state.stage)]
+    trainable, frozen = trees.partition(state.params, mask)
+    for phase in run.method.phases(info):
+        now = loop.start_phase(trainable, run.train, run.mesh, state.carry.get("running"))
+        batch = next(run.features(state, phase, 0, 0)) if phase.features else rows
+        control = run.control(0, 0, STEPS, phase, now.running)
+        step = run.step(False, phase.program())
+        programs.append(step.trace(now.trainable, now.optimizer, frozen, state.memory, run.llava, batch, control))
+    products = [dot for program in programs for dot in _products(program.jaxpr)]
+    operands = [tuple(value.aval for value in dot.invars) for dot in products]
+    return [
+        (tuple(value.shape for value in pair), dot.params["precision"])
+        for dot, pair in zip(products, operands) if all(value.dtype == np.float32 for value in pair)
+    ]  # fmt: skip
+
+
+def _products(jaxpr: Any) -> Iterator[Any]:
+    """The matrix products of a jaxpr, inner ones too."""
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda part: hasattr(part, "eqns") or hasattr(part, "jaxpr")):
+            if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+                yield from _products(value)
 
 
 CHECKS: tuple[Callable[[str], None], ...] = (
