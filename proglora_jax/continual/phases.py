@@ -73,7 +73,7 @@ def run_phases(
         else:
             mask = method.phase_mask(state, info, phase)
             if mask != shown:
-                counts = ", ".join(f"{name} {count:,}" for name, count in shapes.trainable_counts(state.params, mask).items())
+                counts = ", ".join(f"{name} {count:,}" for name, count in shapes.trainable_counts(method, state, mask).items())
                 session.logger.message(f"phase {phase.name}: {counts} train")
             data = _phase_data(session, stage, info, own, state, phase, place, probe)
             state, passed = _run_phase(session, stage, stages, phase, place, len(phases), data, state, mask, origin)

@@ -132,7 +132,7 @@ def _announce(session: Session, stage: Stage, stages: tuple[Stage, ...], begun: 
     if np.isfinite(alike).any():
         listed = ", ".join(f"{session.tasks[i]} {value:.3f}" for i, value in enumerate(alike))
         session.logger.message(f"similarity to the tasks before, by {session.settings.similarity.encoders}: {listed}")
-    return shapes.trainable_counts(begun.state.params, begun.mask)
+    return shapes.trainable_counts(session.method, begun.state, begun.mask)
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation

@@ -270,12 +270,19 @@ class SEMA(Pooled):
         xbar = inputs.contexts["xbar"]
         return {"xbar": jnp.moveaxis(xbar[-self.growing(xbar.shape[0]) :], 0, 1)}
 
+    def end_task(self, state: CLState, info: TaskInfo, probe: Probe | None) -> CLState:
+        """Clears the block in layers that did not grow, where nothing reads it: the state is that which checkpoints restore."""
+        state, layers = super().end_task(state, info, probe), state.memory["modules"][:, info.index]
+        clear = lambda leaf: jnp.where(layers[:, None, None] > 0, leaf, 0.0)
+        return dataclasses.replace(state, params=state.params | {"block": jax.tree.map(clear, state.params["block"])})
+
     def to_disk(self, state: CLState):
-        """The task's modules, router rows and descriptors; which modules there are, and their statistics."""
+        """The task's modules (of the layers that grew), router rows and descriptors; which modules there are, and their statistics."""
         stage = int(state.stage)
-        own = {name: state.params[name] for name in OWN}
+        grown = np.flatnonzero(np.asarray(state.memory["modules"])[:, stage])
+        own, block = {name: state.params[name] for name in OWN}, jax.tree.map(lambda leaf: leaf[grown], state.params["block"])
         return {
-            "pool": {f"block_{stage:02d}": state.params["block"]}, "params": {PROJECTOR: state.params[PROJECTOR]},
+            "pool": {f"block_{stage:02d}": block} if grown.size else {}, "params": {PROJECTOR: state.params[PROJECTOR]},
             "tasks": {f"task_{stage:02d}": own}, "modules": state.memory,
         }  # fmt: skip
 
@@ -286,8 +293,21 @@ class SEMA(Pooled):
             params = self._store(fresh.params | params, tree["tasks"][f"task_{task:02d}"], task)
         own = {"params": tree["params"] | tree["tasks"][f"task_{stage:02d}"]}
         rest = {name: params.get(name, fresh.params[name]) for name in ("rows", "row_biases", "descriptors")}
-        state = super().from_disk(tree | {"params": own["params"] | rest}, fresh, stage)
+        pool, modules = tree.get("pool", {}), np.asarray(tree["modules"]["modules"])
+        names = [f"block_{task:02d}" for task in range(stage + 1)]
+        blocks = {name: self._spread(pool.get(name), fresh.params["block"], modules[:, task]) for task, name in enumerate(names)}
+        state = super().from_disk(tree | {"params": own["params"] | rest, "pool": blocks}, fresh, stage)
         return dataclasses.replace(state, memory=tree["modules"])
+
+    @staticmethod
+    def _spread(block: PyTree | None, like: PyTree, layers: np.ndarray) -> PyTree:
+        """A block of the layers that grew (None where none did; all layers in checkpoints of earlier versions) in its layers, else 0."""
+        empty = jax.tree.map(jnp.zeros_like, like)
+        if block is None:
+            return empty
+        grown = np.flatnonzero(layers)
+        put = lambda leaf, own: leaf.at[grown].set(own[grown] if len(own) == len(leaf) else own)
+        return jax.tree.map(put, empty, block)
 
     def fold(self, state: CLState, task: int) -> PyTree:
         """Possible while every layer has a single module; then its gate is 1."""

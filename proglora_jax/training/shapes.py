@@ -98,18 +98,40 @@ def abstract_probe(method: Method, llava: Llava, mesh: Mesh) -> Probe:
 def parameter_rows(method: Method, stage: StageShapes, backbone: Mapping[str, Any]) -> list[ParameterRow]:
     """One row per group of parameters that train or rest together: the method's first, then the backbone's; arguments as below."""
     rows, fill = [], method.fill(stage.state.params, stage.info)
+    counts = trainable_counts(method, stage.state, stage.mask)
     for (name, trains), leaves in _groups(stage.state.params, stage.mask).items():
-        label = f"{name}, {fill[name]}" if name in fill else name
-        rows.append(ParameterRow(label, len(leaves), trees.count_parameters(leaves), trees.count_bytes(leaves), trains))
+        size, label = trees.count_parameters(leaves), f"{name}, {fill[name]}" if name in fill else name
+        if trains and counts[name] < size:
+            label += f", {counts[name]:,} of it"
+        rows.append(ParameterRow(label, len(leaves), size, trees.count_bytes(leaves), trains))
     return rows + [
         ParameterRow(f"backbone/{name}", len(jax.tree.leaves(part)), trees.count_parameters(part), trees.count_bytes(part), False)
         for name, part in backbone.items()
     ]
 
 
-def trainable_counts(params: PyTree, mask: Mapping[str, bool]) -> dict[str, int]:
-    """{group: parameters} of what trains."""
-    return {name: trees.count_parameters(leaves) for (name, trains), leaves in _groups(params, mask).items() if trains}
+def trainable_counts(method: Method, state: CLState, mask: Mapping[str, bool]) -> dict[str, int]:
+    """{group: parameters} of what trains, without entries that `Method.update_factors` holds still where the state is arrays."""
+    counts: dict[str, int] = {}
+    resting = _resting(method, state)
+    for path, leaf in trees.flatten(state.params).items():
+        if mask[path]:
+            name = path.split("/")[0]
+            counts[name] = counts.get(name, 0) + trees.count_parameters(leaf) - resting.get(path, 0)
+    return counts
+
+
+def _resting(method: Method, state: CLState) -> dict[str, int]:
+    """{path: entries} that have the factor 0; of shapes nothing is known."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state.memory)):
+        return {}
+    found = {}
+    for prefix, factor in method.update_factors(state.memory).items():
+        still = np.count_nonzero(np.asarray(factor) == 0)
+        for path, leaf in trees.flatten(state.params).items():
+            if path == prefix or path.startswith(prefix + "/"):
+                found[path] = still * trees.count_parameters(leaf) // factor.size
+    return found
 
 
 def describe_parameters(method: Method, stage: StageShapes, backbone: Mapping[str, Any]) -> str:
@@ -120,7 +142,7 @@ def describe_parameters(method: Method, stage: StageShapes, backbone: Mapping[st
         stage: as its training begins; leaves are arrays or shapes.
         backbone: the frozen model's tree.
     """
-    counts = trainable_counts(stage.state.params, stage.mask)
+    counts = trainable_counts(method, stage.state, stage.mask)
     lines = [parameter_table(parameter_rows(method, stage, backbone))]
     adapter = sum(count for name, count in counts.items() if name != "mm_projector")
     if adapter:

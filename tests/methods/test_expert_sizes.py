@@ -31,7 +31,7 @@ def trains(name: str, stage: int = 0, phase: int = 0, **how) -> dict[str, int]:
     found = stages(name, **how)[stage]
     method = METHODS[name]()
     mask = method.phase_mask(found.state, found.info, method.phases(found.info)[phase])
-    return shapes.trainable_counts(found.state.params, mask)
+    return shapes.trainable_counts(method, found.state, mask)
 
 
 def test_moelora():
@@ -48,7 +48,7 @@ def test_branchlora():
     assert first == {"trunk": 18_219_008, "branches": 174_063_616, "router": 9_109_504, "mm_projector": PROJECTOR} | keys
     assert sum(first.values()) - sum(keys.values()) == 222_371_840
     assert trees.count_parameters(stages("branchlora")[7].state.params["routers"]) == 8 * 9_109_504
-    assert trains("branchlora", stage=7) == first
+    assert trains("branchlora", stage=7) == first  # of shapes it is not known which branches are frozen
 
 
 def test_sema():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import literal
 import numpy as np
 import oracle
@@ -118,6 +119,23 @@ def test_what_rests_rests():
         for path, leaf in trees.flatten(end.params["descriptor"]).items():
             np.testing.assert_array_equal(stored[path][:, task], leaf)
     assert not np.any(game.ends[1].params["block"]["q_proj"]["b"][:2]) and np.any(first["block"]["q_proj"]["b"][:2])
+
+
+@pytest.mark.parametrize("threshold, layers", [(0.0, [[0, 1, 2], [2], [2]]), (1e9, [[0, 1, 2], [], []])])
+def test_checkpoints_hold_the_modules_that_there_are(threshold, layers):
+    """A task's block is saved in the layers that grew; files of earlier versions, with all layers, are read too."""
+    game, tree, earlier = literal.play(SEMA(**SMALL, threshold=threshold), 0, stages=3, layers=3), {}, {}
+    for task, end in enumerate(game.ends):
+        saved = game.method.to_disk(end)
+        block = saved["pool"].get(f"block_{task:02d}", {"q_proj": {"a": ()}})
+        assert len(block["q_proj"]["a"]) == len(layers[task])
+        tree = trees.merge(tree, saved)
+        whole = [moment.state.params["block"] for moment in game.moments if moment.stage == task][-1]
+        earlier = trees.merge(earlier, saved | {"pool": {f"block_{task:02d}": whole}})
+    restored = game.method.from_disk(tree, game.run.initial(), 2)
+    assert trees.digest(jax.tree.map(np.asarray, restored.params)) == trees.digest(jax.tree.map(np.asarray, game.ends[2].params))
+    old = game.method.from_disk(earlier, game.run.initial(), 2)
+    assert trees.digest(jax.tree.map(np.asarray, old.params)) == trees.digest(jax.tree.map(np.asarray, restored.params))
 
 
 def test_nothing_new_leaves_the_projector_alone_to_train():

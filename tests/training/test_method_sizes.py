@@ -7,6 +7,7 @@ import functools
 
 import harness
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_memory import backbone, settings_of
@@ -15,7 +16,7 @@ from test_shapes import TASKS, stages
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.methods.registry import METHODS, NAMES
-from proglora_jax.training import memory, programs, roofline, shapes
+from proglora_jax.training import memory, optim, programs, roofline, shapes
 from proglora_jax.training.flops import matmul_work
 from proglora_jax.training.memory import Load
 
@@ -123,6 +124,31 @@ def test_modules_that_depend_on_the_data_are_counted_as_a_bound():
     state, mask = run.begin(run.initial(), 0)
     begun = shapes.StageShapes(run.info(0), state, mask)
     assert "blocks learned so far and now: 3,968 (" in shapes.describe_parameters(run.method, begun, {})
+
+
+@pytest.mark.parametrize("name", ["branchlora", "sema"])
+def test_entries_that_rest_are_not_counted_as_training(name):
+    """Counted one by one: the entries that a step with gradients everywhere moves."""
+    run = harness.Harness(harness.small(name))
+    state, _ = run.begin(run.initial(), 0)
+    state, mask = run.begin(run.method.end_task(state, run.info(0), run.probe), 1)
+    held = dict(state.memory)
+    if name == "branchlora":
+        held["frozen"] = {linear: jnp.zeros_like(leaf).at[0, 1].set(1.0).at[1, :].set(1.0) for linear, leaf in held["frozen"].items()}
+    else:
+        held["training"] = jnp.zeros_like(held["training"]).at[-1].set(1.0)
+    state = dataclasses.replace(state, memory=held)
+    trainable, _ = trees.partition(state.params, mask)
+    rates = dict.fromkeys(("adapter", "gate", "mm_projector"), 1.0)
+    moved = optim.apply_rates(jax.tree.map(jnp.ones_like, trainable), run.method, rates, held)
+    expected = {group: sum(int(np.count_nonzero(leaf)) for leaf in jax.tree.leaves(part)) for group, part in moved.items()}
+    counts = shapes.trainable_counts(run.method, state, mask)
+    assert counts == expected
+    group = "branches" if name == "branchlora" else "block"
+    assert counts[group] < trees.count_parameters(state.params[group])
+    text = shapes.describe_parameters(run.method, shapes.StageShapes(run.info(1), state, mask), {})
+    assert f"{group}, {counts[group]:,} of it" in text
+    assert f"{sum(counts.values()) - counts['mm_projector']:,} train (" in text
 
 
 def test_ranks_that_pclr_has_kept_are_counted_not_one_block_per_task():

@@ -35,7 +35,8 @@ def stages(name: str, preset: str = "llava15_7b", tasks=TASKS, **fields) -> list
 def counts(stage: shapes.StageShapes) -> tuple[dict[str, int], dict[str, int]]:
     """{group: parameters} of what trains, and of what rests."""
     _, frozen = trees.partition(stage.state.params, stage.mask)
-    return shapes.trainable_counts(stage.state.params, stage.mask), {name: trees.count_parameters(part) for name, part in frozen.items()}
+    train = shapes.trainable_counts(METHODS["zero_shot"](), stage.state, stage.mask)  # no method holds entries of shapes still
+    return train, {name: trees.count_parameters(part) for name, part in frozen.items()}
 
 
 UPPER = {"block": 36_229_120, "query_projector": 2_109_696, "key": KEY}  # of the light variant: 29 of 32 layers, "38M"
