@@ -67,10 +67,16 @@ ROWS = {
     "proglora_dynamic_qwen": ("proglora_dynamic", _OWN | _QWEN, {}),
 }
 
+# What the papers leave open and print no figures for, with the same arguments; a report has no row to set beside it.
+VARIANTS = {
+    "proglora_static_replay_own_task": ("proglora_static", _OWN, {"replay_block": "own_task"}),
+    "proglora_static_replay_separate_batch": ("proglora_static", _OWN, {"replay_mix": "separate_batch"}),
+}
+
 
 def missing(row):
     """What the code lacks for a row: a method, a backbone or a hyper-parameter; "" where it can run."""
-    method, arguments, changes = ROWS[row]
+    method, arguments, changes = (ROWS | VARIANTS)[row]
     if method not in common.METHODS:
         return f"the method {method}"
     if arguments.get("backbone", coin.BACKBONES[0]) not in coin.BACKBONES:
@@ -81,16 +87,18 @@ def missing(row):
 
 def get_config(argument=""):
     """The config; the argument names a row, or a method for its main row, and a seed."""
-    options = common.parse(argument, choices={"row": tuple(ROWS)})
+    options = common.parse(argument, choices={"row": (*ROWS, *VARIANTS)})
     row = options.get("row", options.get("method", "proglora_dynamic"))
-    if row not in ROWS or options.get("method", ROWS[row][0]) != ROWS[row][0]:
+    known = ROWS | VARIANTS
+    if row not in known or options.get("method", known[row][0]) != known[row][0]:
         raise ValueError(f"method={options['method']}: the papers have no such row; rows: {', '.join(ROWS)}")
     if missing(row):
         running = ", ".join(name for name in ROWS if not missing(name))
         raise ValueError(f"row={row}: needs {missing(row)}, which the code does not have; rows that run: {running}")
-    method, arguments, changes = ROWS[row]
+    method, arguments, changes = known[row]
     config = coin.make(method=method, seed=options.get("seed", 0), **arguments)
     config.method.update(changes)
-    config.run.published_row = row
+    if row in ROWS:
+        config.run.published_row = row
     config.lock()
     return config

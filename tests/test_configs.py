@@ -149,6 +149,13 @@ def test_a_row_differs_from_the_main_config_only_in_what_the_paper_changed(name)
     assert changes or data != {"instruction_set": "Original", "tasks": "coin"} or not published.ROWS[name].variant
 
 
+def test_variants_without_printed_figures_have_a_name_too():
+    assert not set(PUBLISHED.VARIANTS) & set(PUBLISHED.ROWS)
+    for name, (method, _, changes) in PUBLISHED.VARIANTS.items():
+        settings, plain = settings_of(PUBLISHED, f"row={name},seed=2"), settings_of(COIN, f"method={method},seed=2")
+        assert settings == dataclasses.replace(plain, method=dataclasses.replace(plain.method, **changes)) and settings.method != plain.method
+
+
 @pytest.mark.parametrize(
     "row, lacks",
     [("ewc", "the method ewc"), ("moelora_13b", "the method moelora"), ("proglora_dynamic_qwen", "the backbone qwen_vl_chat")],
