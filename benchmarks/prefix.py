@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from proglora_jax.continual.session import Session, open_session
@@ -34,7 +33,6 @@ from proglora_jax.models.presets import PRESETS
 from proglora_jax.training import programs, shapes
 from proglora_jax.training.config_file import load_config
 from proglora_jax.training.flops import matmul_work
-from proglora_jax.training.prefix import make_prefix_generator
 from proglora_jax.training.settings import from_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,16 +118,9 @@ def counted(asked: float, images: int) -> dict[str, float]:
     llava = shapes.abstract_backbone(config, settings.model)
     *_, stage = shapes.abstract_stages(settings.method, llava, [TASK], [1000], mesh)
     plain = matmul_work(programs.trace_generator(settings, llava, stage, ROWS, WHOLE, NEW, mesh).jaxpr)
-    size, text = config.vision_config.image_size, config.text_config
-    rows = shapes.abstract_batch(ROWS, (REST, 0), size)
-    whole = shapes.abstract_batch(images, (START, 0), size)
-    batch = {name: rows[name] for name in ("tokens", "segments", "length", "task_id", "example", "valid")} | {
-        "slot": rows["length"], "image": whole["image"], **{f"prefix_{name}": whole[name] for name in ("tokens", "segments", "task_id")}}
-    same = meshes.replicated(mesh)
-    generate = make_prefix_generator(settings.method, mesh, NEW, 2, config.pad_token_id, text.vocab_size)
-    held = [programs.placed(part, same) for part in (stage.state.params, stage.state.memory)]
-    number = programs.placed(jax.ShapeDtypeStruct((), jnp.int32), same)
-    shared = matmul_work(generate.trace(*held, programs.place_backbone(llava, mesh), programs.placed(batch, same), number).jaxpr)
+    text = config.text_config
+    load = programs.Shared(ROWS, images, START, REST)
+    shared = matmul_work(programs.trace_prefix_generator(settings, llava, stage, load, NEW, mesh).jaxpr)
     position = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # bytes of its keys and values in bfloat16
     return {
         "per_image": asked, "images": images, "rows": ROWS,

@@ -29,7 +29,10 @@ from proglora_jax.training import collectives, flops, memory, programs, roofline
 from proglora_jax.training.attention_choice import choose_attention
 from proglora_jax.training.settings import Settings, from_config
 
-PROGRAMS = ("train", "answer")
+PROGRAMS = ("train", "answer", "answer_shared")
+"""What can be compiled; the last one, questions that share images, for methods whose adapter does not depend on the prompt."""
+PER_IMAGE, BEHIND = 2, 64
+"""Questions an image, and positions behind the image, of the last one."""
 # What libtpu asks of its surroundings when there is no TPU: no metadata server, no other hosts, no lock on a chip.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
@@ -79,7 +82,8 @@ def compile_ahead(config: Mapping[str, Mapping[str, Any]], order: Order) -> dict
     stages = planned_stages(settings, llava, mesh)
     plan = MemoryPlan.of(settings, llava, stages, mesh, float(chip.hbm))
     _check_split(plan)
-    results = [_compile(plan, name, positions, order) for name in order.programs for positions in _lengths(settings, name, order.positions)]
+    chosen = [name for name in order.programs if name != PROGRAMS[2] or _shares(settings, order)]
+    results = [_compile(plan, name, positions, order) for name in chosen for positions in _lengths(settings, name, order.positions)]
     trainable = trees.partition(plan.stage.state.params, plan.stage.mask)[0]
     report = {
         "topology": order.topology, "chips": int(mesh.size), "chip": chip.name, "hbm": chip.hbm, "mesh": dict(mesh.shape),
@@ -138,6 +142,21 @@ def _check_split(plan: MemoryPlan) -> None:
         raise UserError("; ".join(dataclasses.replace(plan, limit=0.0).warnings()))
 
 
+def _shares(settings: Settings, order: Order) -> bool:
+    """Whether a run of the config may answer questions that share images together.
+
+    Raises:
+        UserError: where that alone was asked for, and it may not.
+    """
+    if settings.method.fixed_at_test and settings.evaluate.share_prefix != "off":
+        return True
+    if order.programs == PROGRAMS[2:]:
+        reason = f"the adapter of {settings.method.name} depends on the prompt" if settings.evaluate.share_prefix != "off" else (
+            "config.evaluate.share_prefix='off'")
+        raise UserError(f"--program {PROGRAMS[2]}: {reason}, so every prompt is read whole; compile the program answer")
+    return False
+
+
 def _lengths(settings: Settings, program: str, positions: Sequence[int]) -> list[int]:
     known = [bucket[0] for bucket in settings.data.buckets] if program == "train" else list(settings.evaluate.prompt_lengths)
     if not positions:
@@ -162,6 +181,12 @@ def _compile(plan: MemoryPlan, program: str, positions: int, order: Order) -> di
         settings = plan.settled((positions, labels))
         shown["remat"] = settings.model.remat
         traced = programs.trace_train_step(settings, llava, phase.shapes, rows, (positions, labels), mesh)
+    elif program == "answer_shared":
+        rows, new_tokens, ways = settings.evaluate.batch_size, plan.longest_answer(), meshes.batch_ways(mesh)
+        behind = min(BEHIND, positions // 2)
+        load = programs.Shared(rows, -(-rows // (PER_IMAGE * ways)) * ways, positions - behind, behind)
+        shown = {"rows": rows, "images": load.images, "positions": positions, "new_tokens": new_tokens}
+        traced = programs.trace_prefix_generator(settings, llava, plan.stage, load, new_tokens, mesh)
     else:
         rows, new_tokens = settings.evaluate.batch_size, plan.longest_answer()
         shown = {"rows": rows, "positions": positions, "new_tokens": new_tokens}

@@ -32,7 +32,7 @@ def compile_text(report: Mapping[str, Any]) -> str:
 
 
 def _program(program: Mapping[str, Any], hbm: int) -> list[str]:
-    known = [name for name in ("rows", "positions", "labels", "new_tokens") if name in program]
+    known = [name for name in ("rows", "images", "positions", "labels", "new_tokens") if name in program]
     sizes = ", ".join(f"{program[name]} {name.replace('_', ' ')}" for name in known)
     head = f"{program['program']}: {sizes}" + (f", remat {program['remat']}" if "remat" in program else "")
     if not program["fits"]:

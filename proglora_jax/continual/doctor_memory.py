@@ -10,6 +10,7 @@ from proglora_jax.continual.doctor_plan import PlannedPhase, PlannedStage
 from proglora_jax.continual.report_page import Table
 from proglora_jax.core import tree as trees
 from proglora_jax.core.mesh import abstract_mesh, batch_ways
+from proglora_jax.data import image_groups
 from proglora_jax.data.tasks import TASKS
 from proglora_jax.models.llava import Llava
 from proglora_jax.training import memory
@@ -22,6 +23,7 @@ SIZES_GB = (24, 40, 80, 141)
 """Memory of common devices, for a plan without one."""
 OTHER_ROWS = 64
 """Rows of a batch that can be split into many parts, of the benchmark MCITlib; see `batches` in configs/coin.py."""
+_BEGINNING = 64  # most positions of text before an image: BOS and the system sentence (Vicuna's has 35 tokens)
 _CHEAPEST_FIRST = ("none", "dots", "qkvo_mlp", "qkvo", "full")
 
 
@@ -88,7 +90,22 @@ class MemoryPlan:
         evaluate = self.settings.evaluate
         rows = -(-evaluate.batch_size // batch_ways(self.mesh))
         load = Load(rows, max(evaluate.prompt_lengths), 0)
-        return memory.answering_memory(self.settings, self.llava, self.stage, load, self.longest_answer(), self.mesh)
+        return memory.answering_memory(self.settings, self.llava, self.stage, load, self.longest_answer(), self.mesh, self._shared(load))
+
+    def _shared(self, load: Load) -> int:
+        """Most positions of beginnings that the prompts on a device may share; how many it will be depends on the data."""
+        evaluate = self.settings.evaluate
+        if evaluate.share_prefix == "off" or not self.settings.method.fixed_at_test or load.rows < 2:
+            return 0
+        most = (load.rows - 1) * min(load.positions, self.llava.config.image_tokens + _BEGINNING)
+        if evaluate.share_prefix == "on":
+            return most
+        return min(most, int(load.rows * max(0.0, load.positions / image_groups.WORTH - image_groups.MULTIPLE)))  # else it is not worth it
+
+    def _apart(self) -> MemoryPlan:
+        """The plan with every prompt read whole."""
+        evaluate = dataclasses.replace(self.settings.evaluate, share_prefix="off")
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, evaluate=evaluate))
 
     def longest_answer(self) -> int:
         """The largest cap on new tokens among the tasks."""
@@ -215,6 +232,8 @@ class MemoryPlan:
 
     def _answering_advice(self) -> str:
         needed = f"answering needs {memory.total(self.answering()) / 1e9:.1f} GB a device"
+        if memory.total(self._apart().answering()) <= self.usable:
+            return f"{needed} where questions share images: it would fit with --config.evaluate.share_prefix=off"
         ways, rows = batch_ways(self.mesh), self.settings.evaluate.batch_size
         while rows > ways:
             rows = max(ways, rows // 2 // ways * ways)

@@ -36,6 +36,11 @@ IMAGE = 3
 ANSWER = 4
 """Assistant text and the EOS that closes it: the supervised tokens."""
 
+QUESTION_FIELDS = ("tokens", "segments", "length", "task_id", "example", "valid")
+"""What a question has of its own where questions share images (data/image_groups.py)."""
+PREFIX_FIELDS = ("tokens", "segments", "task_id")
+"""What the beginning that they share has."""
+
 Batch = dict[str, np.ndarray]
 
 

@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from proglora_jax.data.batch import IMAGE, Batch, BatchRow, collate
+from proglora_jax.data.batch import IMAGE, PREFIX_FIELDS, QUESTION_FIELDS, Batch, BatchRow, collate
 from proglora_jax.data.pipeline import EvalBatches
 
 WORTH = 1.25
 """By what factor the positions to read must fall for sharing to be worth programs of its own."""
-_MULTIPLE = 32
-_FIELDS = ("tokens", "segments", "length", "task_id", "example", "valid")
+MULTIPLE = 32
+"""What follows a shared beginning is padded to multiples of this."""
 
 
 class Lane(NamedTuple):
@@ -175,8 +175,8 @@ class GroupedBatches(EvalBatches):
         made = collate(members, (top, 0), pad, (0, 0))
         prefix = collate([self._prefix] * len(pixels), (self._start, 0), pad, (0, 0))
         return {
-            **{name: made[name] for name in _FIELDS}, "slot": np.asarray(slots, np.int32), "image": pixels,
-            **{f"prefix_{name}": prefix[name] for name in ("tokens", "segments", "task_id")},
+            **{name: made[name] for name in QUESTION_FIELDS}, "slot": np.asarray(slots, np.int32), "image": pixels,
+            **{f"prefix_{name}": prefix[name] for name in PREFIX_FIELDS},
         }
 
     def _after(self, number: int, valid: bool) -> BatchRow:
@@ -206,7 +206,7 @@ class GroupedBatches(EvalBatches):
         for group in groups:
             bucket = self._bucket_of(group)
             longest[bucket] = max(longest.get(bucket, 0), *(len(self._encoded[number].tokens) - self._start for number in group))
-        return {bucket: min(-(-most // _MULTIPLE) * _MULTIPLE, self._lengths[bucket] - self._start) for bucket, most in longest.items()}
+        return {bucket: min(-(-most // MULTIPLE) * MULTIPLE, self._lengths[bucket] - self._start) for bucket, most in longest.items()}
 
     def _top(self, lanes: Sequence[Lane]) -> int:
         """Positions that a batch's rows are padded to: those of the smallest bucket that holds them all."""

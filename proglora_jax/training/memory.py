@@ -84,11 +84,19 @@ def training_memory(settings: Settings, llava: Llava, stage: StageShapes, load: 
     ]
 
 
-def answering_memory(settings: Settings, llava: Llava, stage: StageShapes, load: Load, new_tokens: int, mesh: Any) -> list[Part]:
-    """What a device holds while it answers: prompts of `load`, and the cache with room for the answers."""
+def answering_memory(
+    settings: Settings, llava: Llava, stage: StageShapes, load: Load, new_tokens: int, mesh: Any, shared: int = 0
+) -> list[Part]:
+    """What a device holds while it answers: prompts of `load`, and the cache with room for the answers.
+
+    Args:
+        settings, llava, stage, load, mesh: as for `training_memory`.
+        new_tokens: cap on an answer.
+        shared: positions of beginnings that several prompts share; their keys and values are copied, and so are there twice.
+    """
     text = llava.config.text_config
     width = jnp.dtype(settings.model.dtype).itemsize
-    cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * (load.positions + new_tokens) * load.rows * width
+    position = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * width
     # Two of a layer's widest values at once, and the scores of plain attention.
     scores = 0 if settings.model.attention in FUSED else 2 * 4 * text.num_attention_heads * load.positions**2
     inner = 2 * (text.intermediate_size + text.hidden_size) * load.positions * width
@@ -96,7 +104,8 @@ def answering_memory(settings: Settings, llava: Llava, stage: StageShapes, load:
         Part("frozen backbone", backbone_bytes(llava, mesh)),
         Part("blocks, keys, projector", trees.count_bytes(stage.state.params)),
         Part("memory of the method", trees.count_bytes(stage.state.memory)),
-        Part("keys and values", cache),
+        Part("keys and values", position * (load.positions + new_tokens) * load.rows),
+        *([Part("keys and values of shared beginnings, at most", position * shared)] if shared else []),
         Part("working set of a layer", load.rows * (scores + inner)),
         Part("runtime", RUNTIME),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,10 @@ from jax.sharding import Mesh
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.core.types import PyTree
+from proglora_jax.data.batch import PREFIX_FIELDS, QUESTION_FIELDS
 from proglora_jax.models.llava import Llava
 from proglora_jax.training import optim, shapes
+from proglora_jax.training.prefix import make_prefix_generator
 from proglora_jax.training.settings import Settings
 from proglora_jax.training.shapes import StageShapes
 from proglora_jax.training.step import make_generator, make_train_step
@@ -52,6 +54,39 @@ def trace_generator(settings: Settings, llava: Llava, stage: StageShapes, rows: 
     batch = shapes.abstract_batch(rows, (positions, 0), config.vision_config.image_size)
     # Which ids end and fill a row are constants that change neither work nor memory.
     generator = make_generator(settings.method, mesh, new_tokens, 2, config.pad_token_id, config.text_config.vocab_size)
+    held = [placed(part, same) for part in (stage.state.params, stage.state.memory)]
+    stage_number = placed(jax.ShapeDtypeStruct((), jnp.int32), same)
+    return generator.trace(*held, place_backbone(llava, mesh), placed(batch, meshes.batch_sharding(mesh)), stage_number)
+
+
+class Shared(NamedTuple):
+    """Questions that share images, as `data.image_groups` puts them into batches.
+
+    Attributes:
+        rows: questions of a whole batch.
+        images: images of a whole batch.
+        start: positions that all prompts begin with.
+        rest: positions behind them, padded.
+    """
+
+    rows: int
+    images: int
+    start: int
+    rest: int
+
+
+def trace_prefix_generator(settings: Settings, llava: Llava, stage: StageShapes, load: Shared, new_tokens: int, mesh: Mesh) -> Any:
+    """The generator where questions share images; arguments as for `trace_generator`, `load` for its rows and positions.
+
+    Raises:
+        ValueError: where the method's adapter depends on the prompt.
+    """
+    config, same = llava.config, meshes.replicated(mesh)
+    size = config.vision_config.image_size
+    own, whole = (shapes.abstract_batch(*sizes, size) for sizes in ((load.rows, (load.rest, 0)), (load.images, (load.start, 0))))
+    batch = {name: own[name] for name in QUESTION_FIELDS} | {"slot": own["length"], "image": whole["image"]}
+    batch |= {f"prefix_{name}": whole[name] for name in PREFIX_FIELDS}
+    generator = make_prefix_generator(settings.method, mesh, new_tokens, 2, config.pad_token_id, config.text_config.vocab_size)
     held = [placed(part, same) for part in (stage.state.params, stage.state.memory)]
     stage_number = placed(jax.ShapeDtypeStruct((), jnp.int32), same)
     return generator.trace(*held, place_backbone(llava, mesh), placed(batch, meshes.batch_sharding(mesh)), stage_number)

@@ -40,7 +40,11 @@ def test_the_programs_of_a_run_compile_for_a_slice(tiny, tmp_path, capsys):
     path = tmp_path / "report.json"
     assert tools.main([*tiny, "--json", str(path), "--hlo", str(tmp_path / "hlo")]) == 0
     report, text = json.loads(path.read_text()), capsys.readouterr().out
-    train, answer = report["programs"]
+    train, answer, shared = report["programs"]
+    assert [shared[name] for name in ("program", "rows", "images", "positions")] == ["answer_shared", 32, 16, 128]
+    assert "answer_shared: 32 rows, 16 images, 128 positions" in text
+    assert 0 < shared["flops"] < 0.8 * answer["flops"] and shared["flops_per_new_token"] == answer["flops_per_new_token"]
+    assert 0.9 < shared["flops_of_a_chip_to_its_share"] < 1.2, "no device reads what another does"
     assert (report["chips"], report["chip"], report["mesh"]) == (4, "TPU v5e", {"data": 1, "fsdp": 4, "model": 1})
     assert report["fits"] and not report["advice"] and f"{train['memory_total'] / 2**30:.2f} of 15.75 GiB a chip" in text
     held = report["backbone_bytes_per_chip"] + 3 * report["trainable_bytes"]
@@ -60,7 +64,7 @@ def test_heads_as_wide_as_the_real_models_get_the_fused_attention(tiny, monkeypa
     monkeypatch.setitem(presets.PRESETS, "llava15_7b", lambda: dataclasses.replace(tiny_llava.CONFIG, text_config=text))
     path = tmp_path / "report.json"
     with jax.default_matmul_precision("default"):  # that of a run; these tests' own, the highest, is not for bfloat16 kernels
-        assert tools.main([*tiny, "--json", str(path), "--hlo", str(tmp_path / "hlo")]) == 0
+        assert tools.main([*tiny, "--config.evaluate.share_prefix=off", "--json", str(path), "--hlo", str(tmp_path / "hlo")]) == 0
     report = json.loads(path.read_text())
     assert report["attention"] == "splash"
     for program in ("train", "answer"):
@@ -96,6 +100,7 @@ def test_a_program_that_does_not_fit_says_which_setting_would(monkeypatch, tmp_p
     (["--positions", "704"], r"--positions 704: not in config.data.buckets, which has 128"),
     (["--config.mesh.fsdp=8"], "config.mesh=.*needs 8 devices, 4 are there"),
     (["--config.evaluate.batch_size=30"], "config.evaluate.batch_size=30 cannot be split over 4 devices: --config.evaluate.batch_size=28"),
+    (["--program", "answer_shared", "--config.evaluate.share_prefix=off"], "--program answer_shared: config.evaluate.share_prefix='off', so"),
     (["--config.train.micro_batches=32"], "micro-batches are split unevenly over 4 devices: --config.train.micro_batches="),
 ])
 def test_what_cannot_be_compiled_is_one_sentence(tiny, change, sentence, capsys):

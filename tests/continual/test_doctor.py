@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -181,6 +182,19 @@ def test_advice_fits_when_it_is_followed(devices, memory_gb, argument):
     flags = [*named, *(flag for line in before for flag in re.findall(r"--config\.\S+", line))]
     after = advice(diagnose(load_config(f"{COIN}:{argument}", flags), machine))
     assert not any(line.startswith(("training needs", "answering needs")) for line in after), after
+
+
+def test_beginnings_that_questions_may_share_take_memory_too():
+    """At least what benchmarks/prefix.py counts for the 7B model, whatever the images; and off where it alone does not fit."""
+    text = diagnose(load_config(f"{COIN}:method=lora"), Machine(devices=1, memory_gb=80))
+    shared = number(text, "keys and values of shared beginnings, at most")
+    counted = json.loads((ROOT / "benchmarks" / "results" / "prefix.json").read_text())["counted"]
+    assert counted and all(shared >= row["shared_cache_gb"] - row["plain_cache_gb"] for row in counted)
+    for argument, flags in (("method=proglora_dynamic", []), ("method=lora", ["--config.evaluate.share_prefix=off"])):
+        assert "shared beginnings" not in diagnose(load_config(f"{COIN}:{argument}", flags), Machine(devices=1, memory_gb=80))
+    lines = advice(diagnose(load_config(f"{COIN}:method=lora"), Machine(devices=1, memory_gb=125)))
+    (line,) = [line for line in lines if line.startswith("answering needs")]
+    assert line.endswith("where questions share images: it would fit with --config.evaluate.share_prefix=off")
 
 
 def test_the_policy_is_chosen_before_anything_is_advised():
