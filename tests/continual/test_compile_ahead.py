@@ -100,7 +100,7 @@ def test_a_program_that_does_not_fit_says_which_setting_would(monkeypatch, tmp_p
     (["--positions", "704"], r"--positions 704: not in config.data.buckets, which has 128"),
     (["--config.mesh.fsdp=8"], "config.mesh=.*needs 8 devices, 4 are there"),
     (["--config.evaluate.batch_size=30"], "config.evaluate.batch_size=30 cannot be split over 4 devices: --config.evaluate.batch_size=28"),
-    (["--program", "answer_shared", "--config.evaluate.share_prefix=off"], "--program answer_shared: config.evaluate.share_prefix='off', so"),
+    (["--program", "answer_shared", "--config.evaluate.share_prefix=off"], "--program answer_shared: config.evaluate.share_prefix='off'"),
     (["--config.train.micro_batches=32"], "micro-batches are split unevenly over 4 devices: --config.train.micro_batches="),
 ])
 def test_what_cannot_be_compiled_is_one_sentence(tiny, change, sentence, capsys):
