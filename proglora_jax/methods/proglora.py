@@ -182,7 +182,9 @@ class ProgLoRADynamic(Pooled):
         params = state.params
         keys = jnp.asarray(params["keys"]).at[..., info.index - 1, :].set(params["key"])
         state = dataclasses.replace(state, params=params | {"keys": keys, "key": self._new_key(state, info, probe)})
-        if self.features_drift and self.recall_enabled and self.recall_per_task:
+        if not self.recall_enabled:
+            return state
+        if self.features_drift and self.recall_per_task:
             state = recall.read_again(state, info, probe)
         memory = state.memory | {"mask": recall.counted(state.memory, info, self.recall_per_task, self.recall_count)}
         if self.recall_targets == "recompute":

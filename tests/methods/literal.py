@@ -82,7 +82,8 @@ def play(method: Method, seed: int, stages: int, total: int = 3, **sizes: int) -
     batch = tiny_llava.batch(tiny_llava.rows_of(stages - 1, 4, seed + 50)) | {"weight": np.float32([1, 2, 0.5, 1])}
     game = Game(method, run, [], [], [], [], batch)
     for index in range(stages):
-        info = TaskInfo(index, f"task{index}", total, COUNT, np.float32([0.6] * index), seed)
+        alike = np.full(index, 0.6 if method.uses_similarity else np.nan, np.float32)
+        info = TaskInfo(index, f"task{index}", total, COUNT, alike, seed)
         asked: list[np.ndarray] = []
         state = method.start_task(state, info, recording(run.probe, asked))
         game.starts.append(state)

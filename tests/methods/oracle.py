@@ -96,7 +96,8 @@ def play(cls: type[Method], seed: int, squares: Callable | None = None, stages: 
     state = method.init(llava.targets(), llava.projector_params(), total, seed)
     trained, asked = [], []
     for index in range(stages):
-        info = TaskInfo(index, f"task{index}", total, run.count, np.float32([0.6] * index), seed)
+        alike = np.full(index, 0.6 if method.uses_similarity else np.nan, np.float32)
+        info = TaskInfo(index, f"task{index}", total, run.count, alike, seed)
         state = method.start_task(state, info, run.probe)
         mask = method.trainable_mask(state, info)
         moved = {path: np.asarray(leaf) + np.float32(0.25 * mask[path] * rng.standard_normal(np.shape(leaf)))

@@ -36,9 +36,10 @@ def inputs(batch, stage: int, *, training: bool = False, progress: float = 1.0) 
     return GateInputs(jnp.asarray(embed(batch)), batch["segments"], batch["task_id"], jnp.int32(stage), jnp.float32(progress), training)
 
 
-def info(index: int, size: int = SIZE, similarity=None) -> TaskInfo:
-    """Task `index` of three."""
-    return TaskInfo(index, f"task{index}", TOTAL, size, np.float32(SIMILARITY[index] if similarity is None else similarity), 0)
+def info(index: int, size: int = SIZE, similarity=None, method: Method | None = None) -> TaskInfo:
+    """Task `index` of three; no similarity, as in a run, where the method does not ask for it."""
+    alike = np.float32(SIMILARITY[index] if similarity is None else similarity)
+    return TaskInfo(index, f"task{index}", TOTAL, size, alike if method is None or method.uses_similarity else alike * np.nan, 0)
 
 
 def prober(method: Method, task: int, size: int = SIZE):
@@ -68,15 +69,16 @@ def train(method: Method, state: CLState, index: int, seed: int = 0) -> CLState:
 
 def begin(method: Method, state: CLState, index: int, size: int = SIZE) -> CLState:
     """The state at the start of a task's training."""
-    started = method.start_task(state, info(index, size), prober(method, index, size))
-    check_contract(method, state if index else None, started, info(index))
+    task = info(index, size, method=method)
+    started = method.start_task(state, task, prober(method, index, size))
+    check_contract(method, state if index else None, started, task)
     return started
 
 
 def stage(method: Method, state: CLState, index: int, size: int = SIZE) -> CLState:
     """A whole stage."""
     state = train(method, begin(method, state, index, size), index)
-    return method.end_task(state, info(index, size), prober(method, index, size))
+    return method.end_task(state, info(index, size, method=method), prober(method, index, size))
 
 
 def stages(method: Method, count: int, size: int = SIZE) -> CLState:

@@ -175,9 +175,10 @@ def test_recall_may_be_left_out():
     state = world.begin(dynamic(), world.stages(dynamic(), 2), 2)
     assert extra(dynamic(recall_enabled=False), state) == (0, {})
     assert extra(dynamic(recall_weight=0.0), state)[0] == 0 and extra(dynamic(), state)[0] > 0
-    method = dynamic(recall_per_task=0)
-    state = world.begin(method, world.stages(method, 2), 2)
-    assert not np.any(state.memory["mask"]) and extra(method, state)[0] == 0
+    for fields in ({"recall_per_task": 0}, {"recall_enabled": False}, {"recall_enabled": False, "recall_targets": "recompute"}):
+        method = dynamic(**fields)
+        state = world.begin(method, world.stages(method, 2), 2)
+        assert not np.any(state.memory["mask"]) and extra(method, state)[0] == 0
 
 
 def test_recall_the_other_way_round():
