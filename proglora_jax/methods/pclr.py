@@ -103,7 +103,7 @@ class PCLR(RankMethod):
 
     def phases(self, info: TaskInfo) -> tuple[Phase, ...]:
         """Learning, and integration where the pool is compressed."""
-        narrow = self.new_ranks(info.index) < self.top_ranks
+        narrow = self.new_ranks(info.index) < self.rank
         learn = Phase("learn", "learn_narrow" if narrow else "learn")
         again = Phase("integrate", "integrate", cross_entropy=False, states=True, epochs=self.integrate_epochs,
                       batch_size=self.integrate_batch_size, learning_rate=self.integrate_learning_rate)
@@ -180,13 +180,13 @@ class PCLR(RankMethod):
             query = {kind: leaf[task][None] for kind, leaf in memory["queries"].items()}
             return {"parts": self._parts(params, memory, query, valid), "blocks": one}
         pools = params["keys"]["text"].shape[0]
-        narrow = inputs.phase == "learn_narrow"
-        own = (jnp.arange(self.rank) < (self.narrow_ranks if narrow else self.rank)).astype(jnp.float32)
+        new, fill = self.learning(inputs.phase)
+        own = (jnp.arange(self.rank) < new).astype(jnp.float32)
         parts = {"shared": self._shared(params, memory), "block": jnp.broadcast_to(self.scale * own, (pools, 1, 1, self.rank))}
-        if narrow:  # the best old ones of the whole batch fill up
+        if fill:  # the best old ones of the whole batch fill up
             query = self.queries(inputs)
             score = self._scores(params, query).mean(axis=1)  # [L + 1, C]
-            old = keys.top_ranks(score, valid, self.top_ranks - self.narrow_ranks)
+            old = keys.top_ranks(score, valid, fill)
             parts["pool"] = self.scale * old[:, None, None]
         return {"parts": parts, "blocks": one}
 
@@ -212,7 +212,7 @@ class PCLR(RankMethod):
         if inputs.phase == "integrate":
             loss = self._distillation(params, memory, inputs, passes)
             return loss, {"distillation": loss}
-        count, query = self.narrow_ranks if inputs.phase == "learn_narrow" else self.rank, self.queries(inputs)
+        (count, _), query = self.learning(inputs.phase), self.queries(inputs)
         near = lambda kind: precise.einsum("bd,lrd->blr", query[kind], keys.unit(params["new_keys"][kind][:, :count]))
         apart = lambda kind: 1.0 - near(kind).mean(axis=(1, 2))
         align = (apart("text") + apart("image") * inputs.image_mask).mean()
@@ -250,7 +250,7 @@ class PCLR(RankMethod):
         if phase is None or phase.kind == "integrate":
             taught = {"teacher": pool + shared, "words": "all", "whole": True} if phase else {}
             return Cost(0, pool + shared, pool + shared, **taught)
-        return Cost(shared + (pool if phase.kind == "learn_narrow" else 0), new, new)
+        return Cost(shared + (pool if self.learning(phase.kind)[1] else 0), new, new)
 
     def fill(self, params: PyTree, info: TaskInfo) -> dict[str, str]:
         """The ranks that the tasks before left."""

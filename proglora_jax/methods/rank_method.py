@@ -79,6 +79,11 @@ class RankMethod(Method):
         """Ranks that a task adds, by its place from 0."""
         return self.narrow_ranks if self.narrow_from and index + 1 >= self.narrow_from else self.rank
 
+    def learning(self, kind: str) -> tuple[int, int]:
+        """(new ranks that a learning phase of this kind trains, all of them on; old ones that fill up to `top_ranks`)."""
+        new = self.narrow_ranks if kind == "learn_narrow" else self.rank
+        return new, max(0, self.top_ranks - new)
+
     def turns(self, total: int) -> list[rank_pool.Turn]:
         """What each task of a sequence does to the pool."""
         try:

@@ -160,10 +160,10 @@ def test_forward_at_test(seed, stages):
         np.testing.assert_allclose(shown[row], np.bincount(tasks, minlength=3) / len(tasks), rtol=1e-5)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_learning(seed):
-    """Cross-entropy and the keys' loss of each stage; the third fills its two new ranks up with the best old ones."""
-    game = literal.play(PCLR(**SMALL), seed, 3)
+@pytest.mark.parametrize("seed, fields", [(0, {}), (1, {}), (2, {"top_ranks": 6}), (3, {"top_ranks": 2})])
+def test_learning(seed, fields):
+    """Cross-entropy and the keys' loss of each stage: all new ranks are on (four, the third time two), the best old ones fill up."""
+    game = literal.play(PCLR(**(SMALL | fields)), seed, 3)
     story = Story(game)
     for moment in [moment for moment in game.moments if moment.phase.cross_entropy]:
         params, turn = moment.state.params, story.turns[moment.stage]
@@ -174,7 +174,7 @@ def test_learning(seed):
         def choose(row, pool, new=new, old=old, queries=queries):
             means = [np.mean([score(rank, pool, query) for query in queries]) for rank in old]
             order = sorted(range(len(old)), key=lambda i: (-round(means[i], 5), i))
-            return new + [old[i] for i in order[: game.method.top_ranks - len(new)]]
+            return new + [old[i] for i in order[: max(0, game.method.top_ranks - len(new))]]
 
         ce = oracle.cross_entropy(game.batch, at_labels(game, params["mm_projector"], choose, shared))
         apart = 0.0
