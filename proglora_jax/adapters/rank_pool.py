@@ -46,7 +46,7 @@ def schedule(new: list[int], capacity: int, progressive: bool) -> list[Turn]:
         progressive: False drops nothing until the last task, and then as many as fit the capacity.
 
     Raises:
-        ValueError: "task <n> adds <r> ranks to a pool of <k>, more than the capacity of <c>"
+        ValueError: "task <n> adds <r> ranks to a pool of <k>, more than the capacity of <c>", or "..., so none of the earlier tasks' ..."
     """
     turns, count = [], 0
     for task, own in enumerate(new):
@@ -55,6 +55,8 @@ def schedule(new: list[int], capacity: int, progressive: bool) -> list[Turn]:
             raise ValueError(f"task {task + 1} adds {own} ranks to a pool of {count}, more than the capacity of {capacity}")
         if progressive and merged == capacity and not last:
             every = capacity // new[task + 1]
+            if every < 2:
+                raise ValueError(f"task {task + 2} adds {new[task + 1]} ranks, so none of the earlier tasks' would stay")
         if not progressive and last and merged > capacity:
             every = max((m for m in range(2, merged + 1) if len(Turn(count, own, m).kept()) <= capacity), default=2)
         turns.append(Turn(count, own, every))
