@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +48,17 @@ class LwF(LoRA):
 
     def init(self, targets: Targets, projector: PyTree, total: int, seed: int) -> CLState:
         """The place of the teacher is there from the first stage on; nobody is asked then."""
-        state = super().init(targets, projector, total, seed)
-        return dataclasses.replace(state, memory={"teacher": {name: state.params[name] for name in TAUGHT}})
+        return self._taught_by_itself(super().init(targets, projector, total, seed))
 
-    def start_task(self, state: CLState, info: TaskInfo, probe: Probe | None) -> CLState:
-        """The model as it is becomes the teacher."""
-        state = super().start_task(state, info, probe)
+    def end_task(self, state: CLState, info: TaskInfo, probe: Probe) -> CLState:
+        """The model as it is becomes the teacher; the next task may begin with another projector."""
+        return self._taught_by_itself(super().end_task(state, info, probe))
+
+    def from_disk(self, tree: Mapping[str, Any], fresh: CLState, stage: int) -> CLState:
+        """The stage's own end is the next one's teacher."""
+        return self._taught_by_itself(super().from_disk(tree, fresh, stage))
+
+    def _taught_by_itself(self, state: CLState) -> CLState:
         return dataclasses.replace(state, memory={"teacher": {name: state.params[name] for name in TAUGHT}})
 
     def extra_loss(self, params: PyTree, memory: PyTree, inputs: GateInputs, key: jax.Array, passes: Passes | None = None):

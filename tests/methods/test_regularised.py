@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import routing_world as world
 
+from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.data import batch as codes
 from proglora_jax.data.errors import UserError
@@ -52,6 +53,19 @@ def test_the_teacher_is_the_end_of_the_stage_before():
     state, _ = run.begin(ended, 1)
     assert trees.digest(state.memory["teacher"]) == trees.digest({name: ended.params[name] for name in ("block", "mm_projector")})
     assert "memory" not in run.method.to_disk(state)  # it is the checkpoint before
+
+
+def test_the_teacher_keeps_its_projector_where_each_task_begins_with_another():
+    """As with config.train.projector_init_per_task='random', also after a restart between the two stages."""
+    run = harness.Harness(LwF(**SMALL), backbone="stub")
+    ended = jax.tree.map(np.array, run.stage(run.initial(), 0, 3)[0])
+    taught = trees.digest({name: ended.params[name] for name in ("block", "mm_projector")})
+    restored = run.method.from_disk(meshes.to_host(run.method.to_disk(ended)), run.initial(), 0)
+    for state in (ended, restored):
+        other = jax.tree.map(lambda leaf: leaf + 1, state.params["mm_projector"])
+        begun, _ = run.begin(dataclasses.replace(state, params=state.params | {"mm_projector": other}), 1)
+        assert trees.digest(begun.memory["teacher"]) == taught
+        assert trees.digest(begun.params["mm_projector"]) == trees.digest(other)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ EWC
