@@ -18,9 +18,10 @@ from typing import Any
 from proglora_jax.checkpoints.integrity import read_json
 from proglora_jax.continual.run_record import load_run
 from proglora_jax.data.errors import UserError
-from proglora_jax.methods.registry import METHODS, method_class
+from proglora_jax.methods.registry import method_class
 from proglora_jax.training.config_defaults import completed
 from proglora_jax.training.config_file import load_config
+from proglora_jax.training.settings import build
 
 Config = Mapping[str, Mapping[str, Any]]
 
@@ -72,7 +73,7 @@ def plan(named: str, overrides: Sequence[str], methods: Sequence[str], seeds: Se
         isolated: whether the isolated runs are planned too.
 
     Raises:
-        UserError: "compare: <what> is given twice ..."; as `load_config` and the table of methods raise.
+        UserError: "compare: <what> is given twice ..."; as `load_config`, the table of methods and hyper-parameters that do not fit raise.
     """
     for what, values in (("--methods", methods), ("--seeds", seeds)):
         if not values:
@@ -86,20 +87,22 @@ def plan(named: str, overrides: Sequence[str], methods: Sequence[str], seeds: Se
         for method in methods:
             run = _run(named, overrides, method, seed, out)
             runs.append(run)
-            if isolated and method_class(method).isolated_as:
-                found = isolated_run(named, overrides, run, out)
+            if isolated and (found := isolated_run(named, overrides, run, out)):
                 known = alone.get(found.workdir, found)
                 alone[found.workdir] = dataclasses.replace(known, families=(*known.families, *(() if known is found else found.families)))
     return runs + list(alone.values())
 
 
-def isolated_run(named: str, overrides: Sequence[str], run: PlannedRun, out: Path) -> PlannedRun:
-    """The run of each task alone against which a run's forward transfer is measured.
+def isolated_run(named: str, overrides: Sequence[str], run: PlannedRun, out: Path) -> PlannedRun | None:
+    """The run of each task alone against which a run's forward transfer is measured, None where there is none.
 
-    Its method is the one that the class declares; it has the run's hyper-parameters as far as it knows them.
+    Its method is the one that the run's method says with these hyper-parameters; it has them as far as it knows them.
     """
-    own = METHODS[run.method]
-    method = own.name if own.isolated_as == "self" else own.isolated_as
+    own = {name: value for name, value in run.config["method"].items() if name != "name"}
+    against = build(method_class(run.method), own, "config.method").isolated_as
+    if not against:
+        return None
+    method = run.method if against == "self" else against
     changed = list(overrides) + ["--config.run.protocol=isolated"]
     if method != run.method:
         fields = load_config(_with(named, method, run.seed))["method"]

@@ -59,7 +59,8 @@ class Method:
         train_mm_projector: whether the mm_projector trains and is carried from stage to stage.
         gate_unit: what a recorded gate belongs to, in figures.
         isolated_as: the method that forward transfer is measured against, on each task alone: "lora" for all that are plain LoRA of
-            the same rank on a single task, "self" for the method itself, "" where there is nothing to isolate.
+            the same rank on a single task, "self" for the method itself, "" where there is nothing to isolate; a property where
+            that depends on hyper-parameters.
         grows_by_data: whether the data decide what is stored; `stored_parameters` of shapes is then the most that it can be.
         fixed_at_test: whether the adapter that answers follows from the task's id and the stage alone, whatever the prompt, and nothing
             observes the prompt; questions about one image may then share the pass over their common beginning.

@@ -56,6 +56,11 @@ class MoCL(Pooled):
         require(self.match_weight >= 0, "match_weight", self.match_weight, "must be >= 0 (1.0 in the paper)")
 
     @property
+    def isolated_as(self) -> str:
+        """Plain LoRA, where a single block has the gate 1 and the usual scale."""
+        return "lora" if self.weights == "softmax8" and self.use_scale else "self"
+
+    @property
     def scale(self) -> float:
         """alpha / rank, or 1 where the scale is left out."""
         return self.alpha / self.rank if self.use_scale else 1.0

@@ -48,6 +48,11 @@ class OLoRA(Pooled):
         require_choice("reduction", self.reduction, ("sum", "mean"))
         require_choice("train_forward", self.train_forward, ("sum", "current_only"))
 
+    @property
+    def isolated_as(self) -> str:
+        """Plain LoRA, unless norms are penalised, which needs no earlier task."""
+        return "self" if self.norm_weight else "lora"
+
     def gates(self, params: PyTree, memory: PyTree, inputs: GateInputs) -> PyTree:
         """Weight 1 for every block so far; for the newest alone while it trains by itself."""
         index = jnp.arange(self.pool_slots(params) + 1)

@@ -53,6 +53,11 @@ class ProgLoRALight(ProgLoRADynamic):
         require(self.routing_scope == "global", "routing_scope", repr(self.routing_scope),
                 "must be 'global': the bottom layers have no router")
 
+    @property
+    def isolated_as(self) -> str:
+        """Plain LoRA, where the bottom layers have a block of their own each."""
+        return "self" if self.bottom == "none" or self.tie_bottom_layers else "lora"
+
     def init(self, targets: Targets, projector: PyTree, total: int, seed: int) -> CLState:
         """The full variant's state, cut in two: its bottom layers are the shared block, and their pool is dropped.
 

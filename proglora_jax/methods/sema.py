@@ -100,7 +100,6 @@ class SEMA(Pooled):
 
     name: ClassVar[str] = "sema"
     gate_unit: ClassVar[str] = "modules of"
-    isolated_as: ClassVar[str] = "self"
     grows_by_data: ClassVar[bool] = True
     keeps_forward: ClassVar[bool] = False
     gates_in_layers: ClassVar[bool] = True

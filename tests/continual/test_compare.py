@@ -96,9 +96,25 @@ class World:
 
 def test_what_each_method_is_measured_against():
     """Plain LoRA of the same rank for all that are it on one task; the method itself where it has experts, routers or ranks of its own."""
-    own = {"moelora", "branchlora", "sema", "pclr"}
+    own = {"moelora", "branchlora", "pclr"}
     expected = {name: "self" if name in own else "" if name in ("zero_shot", "multi_task") else "lora" for name in NAMES}
-    assert {name: METHODS[name].isolated_as for name in NAMES} == expected
+    assert {name: METHODS[name]().isolated_as for name in NAMES} == expected
+
+
+@pytest.mark.parametrize("method, fields, against", [
+    ("mocl", {"use_scale": False}, "self"), ("mocl", {"weights": "cosine"}, "self"), ("mocl", {"match_weight": 0.0}, "lora"),
+    ("proglora_light", {"bottom": "none"}, "self"), ("proglora_light", {"tie_bottom_layers": True}, "self"),
+    ("proglora_light", {"bottom": "shared_frozen_after_first"}, "lora"),
+    ("olora", {"norm_weight": 0.1}, "self"), ("olora", {"orthogonal_weight": 5.0}, "lora"),
+])  # fmt: skip
+def test_flags_that_change_a_single_task_change_what_it_is_measured_against(tmp_path, method, fields, against):
+    """MoCL's only block with another scale or gate, bottom layers without blocks of their own, a penalty that needs no earlier task."""
+    assert METHODS[method](**fields).isolated_as == against
+    flags = [f"--config.method.{name}={value}" for name, value in fields.items()]
+    alone = plan(CONFIG, flags, [method], [0], tmp_path, True)[1]
+    assert (alone.method, alone.families) == (method if against == "self" else "lora", (method,))
+    if against == "self":
+        assert alone.config["method"] | fields == alone.config["method"]
 
 
 @pytest.mark.parametrize("overrides", [[], ["--config.method.rank=8", "--config.train.epochs=1"]])
@@ -108,8 +124,8 @@ def test_families_share_their_isolated_runs(tmp_path, overrides):
     assert [(run.method, run.seed) for run in sequences] == [(name, seed) for seed in (0, 3) for name in NAMES]
     assert runs == sequences + alone and len({run.workdir for run in runs}) == len(runs)
     lora = [run.families for run in alone if run.method == "lora" and run.seed == 3]
-    assert lora == [("lora", "lwf", "ewc", "olora", "mocl"), ("proglora_static", "proglora_dynamic", "proglora_light")]
-    assert {run.families for run in alone if run.method != "lora"} == {("moelora",), ("sema",), ("branchlora",), ("pclr",)}
+    assert lora == [("lora", "lwf", "ewc", "olora", "mocl"), ("sema", "proglora_static", "proglora_dynamic", "proglora_light")]
+    assert {run.families for run in alone if run.method != "lora"} == {("moelora",), ("branchlora",), ("pclr",)}
     by_method = {run.method: run.config["method"] for run in sequences}
     for run in alone:
         assert run.config["run"]["protocol"] == "isolated" and "--config.run.protocol=isolated" in run.arguments
