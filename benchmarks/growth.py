@@ -33,7 +33,7 @@ from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.data import batch as codes
 from proglora_jax.methods.base import Phase
-from proglora_jax.methods.registry import NAMES
+from proglora_jax.methods.registry import METHODS, NAMES
 from proglora_jax.training import optim, shapes
 from proglora_jax.training.config_file import load_config
 from proglora_jax.training.flops import matmul_work
@@ -43,7 +43,7 @@ from proglora_jax.training.step import make_train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-TASKS, ROWS_OF_TASK, SINGLE = (1, 2, 4, 8, 16, 32), 1600, ("zero_shot", "multi_task")  # the last have no sequence
+TASKS, ROWS_OF_TASK = (1, 2, 4, 8, 16, 32), 1600
 ROUNDS = 15
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     """Measures, and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-time", action="store_true", help="leave the times out")
-    parser.add_argument("--methods", nargs="+", choices=NAMES, default=[name for name in NAMES if name not in SINGLE])
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=[name for name in NAMES if not METHODS[name].joint])
     parser.add_argument("--tasks", nargs="+", type=int, default=TASKS)
     arguments = parser.parse_args()
     mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])

@@ -194,6 +194,18 @@ def test_files_and_public_things_say_what_they_are_for():
     assert not problems, listed(problems)
 
 
+def test_methods_are_named_in_their_own_files_only():
+    """What a method needs of the rest is a hook; the papers' rows have names too."""
+    from proglora_jax.methods.registry import NAMES
+
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} names {node.value}"
+        for path in PRODUCT if room_of(path) != "methods" and path.name != "published.py"
+        for node in ast.walk(TREES[path]) if isinstance(node, ast.Constant) and node.value in NAMES
+    ]  # fmt: skip
+    assert not found, found
+
+
 def test_user_input_is_never_checked_with_assert():
     found = [(p, n) for p in PRODUCT for n in ast.walk(TREES[p]) if isinstance(n, ast.Assert)]
     problems = [f"{p.relative_to(ROOT)}:{n.lineno}: assert; raise an error with a sentence" for p, n in found]

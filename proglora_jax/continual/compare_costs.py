@@ -13,10 +13,9 @@ from proglora_jax.checkpoints.integrity import read_json
 from proglora_jax.continual.run_record import RunRecord
 from proglora_jax.continual.stages import FINAL
 from proglora_jax.data.errors import UserError
+from proglora_jax.methods.base import Method
+from proglora_jax.methods.registry import METHODS
 from proglora_jax.training.log import RECORD
-
-# What checkpoints hold that is no parameter of the model: `CLState.memory` of the methods, under the names of their `to_disk`.
-_BESIDE = ("memory/", "modules/", "frozen")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +40,13 @@ class Cost:
 def cost_of(record: RunRecord, workdir: Path) -> Cost:
     """The costs of a run."""
     trainable = max((sum(counts.values()) for counts in record.counts if counts), default=0 if record.finished else None)
-    stored, beside = _stored(workdir)
+    stored, beside = _stored(workdir, METHODS.get(record.method, Method).stored_beside)
     seconds, memory = _steps(workdir / RECORD)
     return Cost(trainable, stored, beside, seconds, memory)
 
 
-def _stored(workdir: Path) -> tuple[int | None, int | None]:
-    """(parameters, other numbers) that the checkpoints hold, from the shapes that they state."""
+def _stored(workdir: Path, other: tuple[str, ...]) -> tuple[int | None, int | None]:
+    """(parameters, other numbers) that the checkpoints hold, from the shapes that they state; `other` is `Method.stored_beside`."""
     sizes: dict[str, int] = {}
     for path in sorted((workdir / "stages").glob(f"*/{FINAL}/trees.json")):
         try:
@@ -57,7 +56,7 @@ def _stored(workdir: Path) -> tuple[int | None, int | None]:
             return None, None
     # A task's embedding serves the similarity of tasks, not the model.
     kept = {name: size for name, size in sizes.items() if not name.startswith("embedding/")}
-    beside = sum(size for name, size in kept.items() if name.startswith(_BESIDE))
+    beside = sum(size for name, size in kept.items() if name.split("/")[0] in other)
     return (sum(kept.values()) - beside, beside) if sizes else (None, None)
 
 

@@ -237,7 +237,7 @@ def check_preset(folder: str, config: LlavaConfig, preset: str) -> None:
 def _read_records(files: Mapping[str, TaskData], settings: Settings) -> None:
     """Reads the records of all tasks: damage in the last task's files should show before the first task is trained."""
     for task in files.values():
-        if settings.method.name != "zero_shot":
+        if settings.method.trains:
             _ = task.train
         asked = select_subset(task.questions, settings.evaluate.subset_of(task.task.name), settings.evaluate.subset_seed)
         check_references(task.task.scorer, references(task.task.scorer, asked, task.auxiliary), score_options(settings))

@@ -27,7 +27,7 @@ class Stage:
     Attributes:
         number: place in the run, from 0; names the folder.
         index: place in the method's sequence, from 0 (always 0 for stages that start anew).
-        name: what it is called: the task, or "multi_task".
+        name: what it is called: the task, or the method where it has a single stage.
         train: indices of the tasks that are trained on.
         evaluate: indices of the tasks that are evaluated afterwards.
         names: task names by the id that the method sees.
@@ -54,16 +54,16 @@ class Stage:
 def plan_stages(tasks: tuple[str, ...], method: Method, protocol: str) -> tuple[Stage, ...]:
     """The stages of a run.
 
-    Task after task for a sequence; each task from the start for "isolated"; one stage for multi_task and zero_shot.
+    Task after task for a sequence; each task from the start for "isolated"; one stage for a method that is `joint`.
 
     Raises:
         UserError: for an isolated run of a method that has no task to isolate.
     """
     everything = tuple(range(len(tasks)))
-    if method.name in ("multi_task", "zero_shot"):
+    if method.joint:
         if protocol != "sequential":
             raise UserError(f"config.run.protocol='{protocol}': {method.name} has a single stage; use 'sequential'")
-        return (Stage(0, 0, method.name, everything if method.name == "multi_task" else (), everything, tasks),)
+        return (Stage(0, 0, method.name, everything if method.trains else (), everything, tasks),)
     if protocol == "isolated":
         return tuple(Stage(i, 0, name, (i,), (i,), (name,), fresh=True) for i, name in enumerate(tasks))
     return tuple(Stage(i, i, name, (i,), everything[: i + 1], tasks) for i, name in enumerate(tasks))

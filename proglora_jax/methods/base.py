@@ -61,6 +61,10 @@ class Method:
         isolated_as: the method that forward transfer is measured against, on each task alone: "lora" for all that are plain LoRA of
             the same rank on a single task, "self" for the method itself, "" where there is nothing to isolate; a property where
             that depends on hyper-parameters.
+        joint: whether there is one stage for all tasks, instead of one for each.
+        trains: whether any stage has training.
+        stored_beside: first names in the paths of `to_disk` below which there are no parameters of the model, but features, statistics
+            or a teacher.
         grows_by_data: whether the data decide what is stored; `stored_parameters` of shapes is then the most that it can be.
         fixed_at_test: whether the adapter that answers follows from the task's id and the stage alone, whatever the prompt, and nothing
             observes the prompt; questions about one image may then share the pass over their common beginning.
@@ -84,6 +88,9 @@ class Method:
     blocks_are_tasks: ClassVar[bool] = True
     gate_unit: ClassVar[str] = "block"
     isolated_as: ClassVar[str] = "lora"
+    joint: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+    stored_beside: ClassVar[tuple[str, ...]] = ("memory",)
     grows_by_data: ClassVar[bool] = False
     fixed_at_test: ClassVar[bool] = False
 

@@ -98,6 +98,7 @@ class BranchLoRA(Method):
     name: ClassVar[str] = "branchlora"
     gate_unit: ClassVar[str] = "branch"
     isolated_as: ClassVar[str] = "self"
+    stored_beside: ClassVar[tuple[str, ...]] = ("frozen",)
     keeps_forward: ClassVar[bool] = False
     observes: ClassVar[bool] = True
     wants_image: ClassVar[bool] = True

@@ -26,12 +26,13 @@ class LoRA(Method):
 
 @dataclasses.dataclass(frozen=True)
 class MultiTask(LoRA):
-    """One LoRA trained once on the shuffled union of all tasks; the runner gives it a single stage.
+    """One LoRA trained once on the shuffled union of all tasks, in a single stage.
 
     Source: CoIN (NeurIPS 2024), the multi-task row.
     """
 
     name: ClassVar[str] = "multi_task"
+    joint: ClassVar[bool] = True
     isolated_as: ClassVar[str] = ""
 
 
@@ -43,6 +44,8 @@ class ZeroShot(Method):
     """
 
     name: ClassVar[str] = "zero_shot"
+    joint: ClassVar[bool] = True
+    trains: ClassVar[bool] = False
     fixed_at_test: ClassVar[bool] = True
     isolated_as: ClassVar[str] = ""
 

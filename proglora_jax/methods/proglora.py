@@ -84,6 +84,7 @@ class ProgLoRADynamic(Pooled):
     recall_targets: str = "stored"
 
     name: ClassVar[str] = "proglora_dynamic"
+    stored_beside: ClassVar[tuple[str, ...]] = ("memory", recall.PROJECTORS, recall.ROWS)
     keeps_forward: ClassVar[bool] = False
 
     def __post_init__(self):

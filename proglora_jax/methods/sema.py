@@ -100,6 +100,7 @@ class SEMA(Pooled):
 
     name: ClassVar[str] = "sema"
     gate_unit: ClassVar[str] = "modules of"
+    stored_beside: ClassVar[tuple[str, ...]] = ("modules",)
     grows_by_data: ClassVar[bool] = True
     keeps_forward: ClassVar[bool] = False
     gates_in_layers: ClassVar[bool] = True

@@ -15,6 +15,7 @@ from proglora_jax.data.tasks import TASKS
 from proglora_jax.data.templates import TEMPLATES
 from proglora_jax.evaluation.published import ROWS
 from proglora_jax.evaluation.scores_rules import GROUNDING_RULES, SCIENCEQA_RULES
+from proglora_jax.methods.registry import METHODS
 from proglora_jax.models.presets import PRESETS
 from proglora_jax.training.projector import PROJECTOR_INITS
 
@@ -110,10 +111,11 @@ def _at_least(field: str, value: float, least: int) -> tuple[bool, str, object, 
 
 
 def _is_table(sizes: Any) -> bool:
-    """Whether something gives a batch size >= 1 for each of some tasks; the single stage of multi_task counts as one."""
+    """Whether something gives a batch size >= 1 for each of some tasks; a single stage that trains on all of them counts as one."""
     if not isinstance(sizes, Mapping):
         return False
-    return all(name in (*TASKS, "multi_task") and type(size) is int and size >= 1 for name, size in sizes.items())
+    joint = [name for name, method in METHODS.items() if method.joint and method.trains]
+    return all(name in (*TASKS, *joint) and type(size) is int and size >= 1 for name, size in sizes.items())
 
 
 def _are_tasks(names: Any) -> bool:

@@ -345,6 +345,19 @@ def test_costs_come_from_the_files_of_a_run(tmp_path):
     assert cost_of(record("mocl"), tmp_path / "nothing") == Cost(12, None, None, None, None)
 
 
+def test_a_method_says_what_on_its_disk_is_no_parameter(tmp_path):
+    """By the names that its checkpoints have had so far, whatever other methods keep under them."""
+    folder = tmp_path / "stages" / "00_task" / "adapter"
+    folder.mkdir(parents=True)
+    leaves = {"params/a": [2], "memory/f": [3], "modules/m": [5], "frozen/q_proj": [7], "recall_rows/task_00": [11],
+              "projectors/task_00/b": [13]}  # fmt: skip
+    described = {name: {"dtype": "float32", "shape": shape} for name, shape in leaves.items()}
+    (folder / "trees.json").write_text(json.dumps({"adapter": described}))
+    beside = {name: cost_of(record(name), tmp_path).beside for name in (*NAMES, "one_of_tomorrow")}
+    special = {"sema": 5, "branchlora": 7, "proglora_dynamic": 3 + 11 + 13, "proglora_light": 3 + 11 + 13}
+    assert beside == {name: special.get(name, 3) for name in beside}
+
+
 def test_examples_are_those_on_which_methods_differ_most():
     assert compare_examples.choose([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0], [1, 0, 0, 1, 1], [1, 1, 0, 0, 0]], 3) == [1, 3, 4]
     assert compare_examples.choose([[0.0, 0.0], [0.0, 0.0]], 3) == [0, 1], "fewer than wanted; equal ones in their order"

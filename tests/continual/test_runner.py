@@ -20,6 +20,7 @@ from proglora_jax.continual.stages import plan_stages
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.synthetic.benchmark import write_benchmark
 from proglora_jax.data.tasks import load_auxiliary, load_task
+from proglora_jax.methods.base import TaskInfo
 from proglora_jax.methods.registry import METHODS, NAMES
 from proglora_jax.training.log import RunLogger
 from proglora_jax.training.loop import Stopped
@@ -56,6 +57,13 @@ def test_multi_task_and_zero_shot_have_one_stage():
     for name in ("multi_task", "zero_shot"):
         with pytest.raises(UserError, match=rf"config.run.protocol='isolated': {name} has a single stage; use 'sequential'"):
             plan_stages(TASKS, METHODS[name](), "isolated")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_says_whether_it_trains(name):
+    method = METHODS[name]()
+    assert method.trains == bool(method.phases(TaskInfo(0, "TextVQA", 1, 9, np.zeros(0, np.float32), 0)))
+    assert all(bool(stage.train) == method.trains for stage in plan_stages(TASKS, method, "sequential"))
 
 
 def test_folders_sort_in_the_order_of_the_stages(tmp_path):

