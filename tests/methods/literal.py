@@ -7,6 +7,7 @@ projector may have a delta, and every phase of every stage is a moment that can 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import harness
@@ -61,14 +62,18 @@ class Game:
         params, memory = meshes.put_replicated((state.params, state.memory), self.run.mesh)
         return np.asarray(self.run.forward(params, memory, self.llava, self.batch, state.stage)["logits"])
 
+    @functools.cache  # noqa: B019 (a game lives as long as its test)
+    def step(self, program: Phase) -> Callable:
+        """(params, memory, control) -> (loss, what is logged) of a kind of phase, compiled once."""
+        scale = losses.row_scales(self.batch["label_mask"], self.batch["weight"], "global_token_mean", 1)
+        return jax.jit(lambda params, memory, control: steps_of.batch_losses(
+            self.llava, self.method, "none", params, memory, self.batch, scale, control, 1.0, program))
+
     def in_training(self, moment: Moment, key: int = 0) -> dict[str, float]:
         """The product's loss, and what it logs, of a training step of a phase."""
-        scale = losses.row_scales(self.batch["label_mask"], self.batch["weight"], "global_token_mean", 1)
         control = {"stage": np.int32(moment.stage), "progress": np.float32(0.3), "key": jax.random.key(key),
                    "draw": jax.random.key(key), "running": moment.state.carry.get("running", {})}  # fmt: skip
-        step = lambda params, memory, running: steps_of.batch_losses(
-            self.llava, self.method, "none", params, memory, self.batch, scale, control | {"running": running}, 1.0, moment.phase.program())
-        loss, logged = jax.jit(step)(moment.state.params, moment.state.memory, control["running"])
+        loss, logged = self.step(moment.phase.program())(moment.state.params, moment.state.memory, control)
         return {"loss": float(loss)} | {name: float(value) for name, value in logged.items()}
 
 

@@ -16,10 +16,13 @@ from literal import cosine, softmax
 from proglora_jax.adapters import distill, rank_pool
 from proglora_jax.data import batch as codes
 from proglora_jax.data.errors import UserError
+from proglora_jax.methods import pclr, rank_compression
 from proglora_jax.methods.pclr import PCLR
 
 SMALL = dict(rank=4, alpha=6.0, top_ranks=4, capacity=8, narrow_ranks=2, narrow_from=3, near_from=0, shared_ranks=3, align_weight=0.3,
              top_words=9, integrate_epochs=2)  # fmt: skip
+# Five tasks of six: compression after the second and all that follow; from the fourth on a task adds fewer ranks than a sample takes.
+LONG = SMALL | dict(rank=8, top_ranks=6, capacity=16, narrow_ranks=4, narrow_from=4)
 LINEARS = ("q_proj", "up_proj", "linear_1", "linear_2")
 
 
@@ -97,38 +100,64 @@ def shared_of(params) -> list[Rank]:
     return [rank_of(params, index, "shared", "", -1) for index in range(SMALL["shared_ranks"])]
 
 
+def copies(ranks: list[Rank]) -> list[Rank]:
+    """The ranks as they are now."""
+    return [dataclasses.replace(rank) for rank in ranks]
+
+
+@dataclasses.dataclass(frozen=True)
+class Integration:
+    """What a stage's second phase compares: the pool before compression with its shared ranks, and the student's at some moment."""
+
+    moment: literal.Moment
+    old: list[Rank]
+    newest: list[Rank]
+    taught: list[Rank]
+    student: list[Rank]
+    shared: list[Rank]
+    queries: list[tuple[np.ndarray, np.ndarray]]
+
+    def teacher(self, pool: int, task: int, count: int) -> list[Rank]:
+        """The teacher's ranks for a task's query: old ones, or for the newest task its own, filled up with the best old ones."""
+        query = self.queries[task]
+        if task < self.moment.stage:
+            return best(self.old, pool, query, count)
+        own = best(self.newest, pool, query, count)
+        return own + best(self.old, pool, query, count - len(own))
+
+
 class Story:
     """The pool of a game, stage by stage, from what was learned; values of an integration are read where it ended."""
 
     def __init__(self, game):
         self.game, self.ranks, self.queries, self.shared = game, [], [], []
-        self.learned, self.taught = {}, {}
-        self.turns = game.method.turns(3)
+        self.learned, self.integrations = {}, {}
+        self.turns = game.method.turns(game.run.total)
         for moment in game.moments:
             if moment.phase.kind == "integrate":
-                self.taught[moment.stage] = moment
                 self.shared = shared_of(moment.state.params)
                 for place, rank in enumerate(self.ranks):
                     now = rank_of(moment.state.params, place, "pool", "keys", rank.task)
                     rank.a, rank.b = now.a, now.b
+                student = copies(self.ranks), self.shared, list(self.queries)
+                self.integrations[moment.stage] = Integration(moment, *self.before, *student)
             else:
                 self.learn(moment)
 
     def learn(self, moment):
         """Takes a stage's new ranks in, and compresses."""
         turn, params = self.turns[moment.stage], moment.state.params
-        self.learned[moment.stage] = ([dataclasses.replace(rank) for rank in self.ranks], list(self.shared))
+        self.learned[moment.stage] = (copies(self.ranks), list(self.shared))
         new = [rank_of(params, index, "block", "new_keys", moment.stage) for index in range(turn.new)]
         mean = lambda kind: unit(np.mean([vector for rank in new for vector in getattr(rank, kind)], axis=0))
         self.queries.append((mean("text"), mean("image")))
-        self.before = [dataclasses.replace(rank) for rank in self.ranks], [dataclasses.replace(rank) for rank in new], list(self.shared)
+        self.before = copies(self.ranks), copies(new), list(self.shared)
         parts = [self.ranks, new]
         if turn.every:
             parts = [[rank for i, rank in enumerate(part) if (i + 1) % turn.every] for part in parts]
         self.ranks = parts[0] + parts[1]
         if not turn.every:
             return
-        self.teachers = getattr(self, "teachers", {}) | {moment.stage: self.before}
         for rank in self.ranks:
             rank.text, rank.image = [unit(k) for k in rank.text], [unit(k) for k in rank.image]
         for pool in range(len(self.ranks[0].text)):
@@ -142,13 +171,18 @@ class Story:
                 rank.text[pool], rank.image[pool] = unit(rank.text[pool] + sum(texts)), unit(rank.image[pool] + sum(images))
 
 
-@pytest.mark.parametrize("seed, stages", [(0, 1), (1, 2), (2, 3), (3, 3)])
-def test_forward_at_test(seed, stages):
-    game = literal.play(PCLR(**SMALL), seed, stages)
-    story, last = Story(game), game.ends[-1]
+def play(seed: int, fields: dict, stages: int) -> literal.Game:
+    """Some stages of three tasks, of six with the fields of LONG."""
+    return literal.play(PCLR(**(SMALL | fields)), seed, stages, total=6 if fields is LONG else 3)
+
+
+@pytest.mark.parametrize("seed, fields, stages", [(0, {}, 1), (1, {}, 2), (2, {}, 3), (3, {}, 3), (4, LONG, 5)])
+def test_forward_at_test(seed, fields, stages):
+    game = play(seed, fields, stages)
+    story, last, top = Story(game), game.ends[-1], game.method.top_ranks
     for row in range(4):
         query = query_of(game, game.batch, row)
-        assert len(best(story.ranks, 0, query, 4)) == 4
+        assert len(best(story.ranks, 0, query, top)) == top
     choose = lambda row, pool: best(story.ranks, pool, query_of(game, game.batch, row), game.method.top_ranks)
     expected = at_labels(game, last.params["mm_projector"], choose, story.shared)
     oracle.close(game.at_test(), expected, "scores at test")
@@ -157,13 +191,13 @@ def test_forward_at_test(seed, stages):
     shown = np.asarray(game.run.answer(last, game.batch)["gates"])
     for row in range(4):
         tasks = [rank.task for pool in range(len(story.ranks[0].text)) for rank in choose(row, pool)]
-        np.testing.assert_allclose(shown[row], np.bincount(tasks, minlength=3) / len(tasks), rtol=1e-5)
+        np.testing.assert_allclose(shown[row], np.bincount(tasks, minlength=game.run.total) / len(tasks), rtol=1e-5)
 
 
-@pytest.mark.parametrize("seed, fields", [(0, {}), (1, {}), (2, {"top_ranks": 6}), (3, {"top_ranks": 2})])
+@pytest.mark.parametrize("seed, fields", [(0, {}), (1, {}), (2, {"top_ranks": 6}), (3, {"top_ranks": 2}), (4, LONG)])
 def test_learning(seed, fields):
     """Cross-entropy and the keys' loss of each stage: all new ranks are on (four, the third time two), the best old ones fill up."""
-    game = literal.play(PCLR(**(SMALL | fields)), seed, 3)
+    game = play(seed, fields, 5 if fields is LONG else 3)
     story = Story(game)
     for moment in [moment for moment in game.moments if moment.phase.cross_entropy]:
         params, turn = moment.state.params, story.turns[moment.stage]
@@ -183,48 +217,49 @@ def test_learning(seed, fields):
             if game.batch["image_mask"][row]:
                 apart += np.mean([1 - cosine(image, key) for rank in new for key in rank.image])
         found = game.in_training(moment)
-        assert apart > 0.01 and bool(old) == (moment.stage > 0) and bool(shared) == (moment.stage == 2)
+        assert apart > 0.01 and bool(old) == (moment.stage > 0) and bool(shared) == (moment.stage >= 2)
         oracle.close(found["ce"], ce, f"cross-entropy in stage {moment.stage}")
         oracle.close(found["loss"], ce + 0.3 * apart / 4, f"loss in stage {moment.stage}")
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_integration(seed):
-    game = literal.play(PCLR(**SMALL), seed, 2)
-    story = Story(game)
-    moment = story.taught[1]
-    old, newest, taught = story.teachers[1]
-    drawn, params = set(), moment.state.params
-    for key in range(6):
-        task = int(game.method.task_drawn(moment.state.carry["running"], jax.random.key(key), np.int32(1)))
-        if task in drawn:
-            continue
-        drawn.add(task)
-        query, pools = story.queries[task], range(len(story.ranks[0].text))
-        student = [best(story.ranks, pool, query, 4) for pool in pools]
-        allowed = newest if task == 1 else old
-        teacher = [best(allowed, pool, query, 4) for pool in pools]
-        total, count = 0.0, 0
-        for row in range(4):
-            real = np.flatnonzero(game.batch["segments"][row] != codes.PAD)
-            table, own = np.float64(game.llava.table).T, params["mm_projector"]
-            z = [hidden(game, own, game.batch, row, lambda pool, on=on: on[pool], shared) @ table
-                 for on, shared in ((teacher, taught), (student, story.shared))]  # fmt: skip
-            for t in real:
-                words = np.argsort(-z[0][t], kind="stable")[:9]
-                p, q = (np.sqrt(softmax(scores[t][words])) for scores in z)
-                p, q = p / p.sum(), q / q.sum()
-                total += (p * (np.log(p) - np.log(q))).sum()
-            count += len(real)
-        found = game.in_training(moment, key)
-        oracle.close(found["loss"], total / count, f"task {task}")
-        oracle.close(found["distillation"], total / count)
-        assert "ce" not in found and total / count > 1e-3
-        running = game.method.update_running(moment.state.carry["running"], found, jax.random.key(key), np.int32(1))
-        expected = np.ones(3)
-        expected[task] = math.sqrt(found["loss"] + 1e-4)
-        np.testing.assert_allclose(running["weights"], expected, rtol=1e-5)
-    assert drawn == {0, 1}
+@pytest.mark.parametrize("seed, fields, stages", [(0, {}, 2), (1, {}, 2), (2, LONG, 5)])
+def test_integration(seed, fields, stages):
+    """The divergence for the newest task, the one before and the first; later teachers have shared ranks, and few newest ones."""
+    game = play(seed, fields, stages)
+    story, method = Story(game), game.method
+    seen = {stage: (len(one.newest), bool(one.taught)) for stage, one in story.integrations.items()}
+    assert seen == ({1: (8, False), 2: (8, True), 3: (4, True), 4: (4, True)} if fields is LONG else {1: (4, False)})
+    for stage, one in story.integrations.items():
+        running = one.moment.state.carry["running"]
+        drawn = {int(method.task_drawn(running, jax.random.key(key), np.int32(stage))): key for key in range(60)}
+        assert set(drawn) == set(range(stage + 1))
+        for task in {stage, stage - 1, 0}:
+            expected = divergence(game, one, task)
+            found = game.in_training(one.moment, drawn[task])
+            oracle.close(found["loss"], expected, f"task {task} in stage {stage}")
+            oracle.close(found["distillation"], expected)
+            assert "ce" not in found and expected > 1e-3
+            weights = method.update_running(running, found, jax.random.key(drawn[task]), np.int32(stage))["weights"]
+            root = np.where(np.arange(game.run.total) == task, math.sqrt(found["loss"] + 1e-4), 1.0)
+            np.testing.assert_allclose(weights, root, rtol=1e-5)
+
+
+def divergence(game, one: Integration, task: int) -> float:
+    """Mean over positions of the KL between the teacher's best words, under one task's query."""
+    pools, top, own = range(len(one.student[0].text)), game.method.top_ranks, one.moment.state.params["mm_projector"]
+    sides = [([one.teacher(pool, task, top) for pool in pools], one.taught),
+             ([best(one.student, pool, one.queries[task], top) for pool in pools], one.shared)]  # fmt: skip
+    assert {len(chosen) for side, _ in sides for chosen in side} == {top}
+    total, count, table = 0.0, 0, np.float64(game.llava.table).T
+    for row in range(4):
+        z = [hidden(game, own, game.batch, row, lambda pool, on=on: on[pool], shared) @ table for on, shared in sides]
+        for t in np.flatnonzero(game.batch["segments"][row] != codes.PAD):
+            words = np.argsort(-z[0][t], kind="stable")[:9]
+            p, q = (np.sqrt(softmax(scores[t][words])) for scores in z)
+            p, q = p / p.sum(), q / q.sum()
+            total += (p * (np.log(p) - np.log(q))).sum()
+            count += 1
+    return total / count
 
 
 def test_tasks_are_drawn_by_their_weights():
@@ -233,7 +268,27 @@ def test_tasks_are_drawn_by_their_weights():
     np.testing.assert_allclose(counts, [0.2, 0.6, 0.2, 0], atol=0.03)
 
 
-def test_the_student_is_the_teacher_where_nothing_is_dropped(rng):
+def test_the_student_is_the_teacher_where_no_rank_is_dropped():
+    """With keys at their own task's query each task finds its ranks again, and new shared ranks add nothing."""
+    game = literal.play(PCLR(**(SMALL | {"capacity": 16})), 3, 2)
+    method, state, info = game.method, game.ends[-1], literal.TaskInfo(1, "task1", 3, literal.COUNT, np.zeros(1), 3)
+    owner = state.memory["origin"][:8]
+    at_query = {kind: np.array(leaf) for kind, leaf in state.params["keys"].items()}
+    for kind, leaf in at_query.items():
+        leaf[:, :8] = state.memory["queries"][kind][owner]
+    state = dataclasses.replace(state, params=state.params | {"keys": at_query})
+    state = rank_compression.compress(method, state, info, rank_pool.Turn(4, 4, 99), pclr.POOL)
+    phase = PCLR(**SMALL).phases(info)[1]
+    assert phase.kind == "integrate" and int(state.memory["count"]) == 8 and float(state.memory["sharing"]) == 1
+    running = state.carry["running"]
+    keys = {int(method.task_drawn(running, jax.random.key(key), np.int32(1))): key for key in range(20)}
+    moved = dataclasses.replace(state, params=state.params | {"pool": jax.tree.map(lambda leaf: leaf * 0.9, state.params["pool"])})
+    for key in (keys[0], keys[1]):
+        assert abs(game.in_training(literal.Moment(1, phase, state), key)["loss"]) < 1e-6
+        assert game.in_training(literal.Moment(1, phase, moved), key)["loss"] > 1e-4
+
+
+def test_equal_scores_have_no_divergence(rng):
     """The divergence of equal scores is 0, and so is its gradient."""
     states = rng.standard_normal((2, 7, 5)).astype(np.float32)
     head = lambda h: h @ np.float32(rng.permutation(np.eye(5, 11)))
