@@ -76,7 +76,7 @@ def run_phases(
                 counts = ", ".join(f"{name} {count:,}" for name, count in shapes.trainable_counts(method, state, mask).items())
                 session.logger.message(f"phase {phase.name}: {counts} train")
             data = _phase_data(session, stage, info, own, state, phase, place, probe)
-            state, passed = _run_phase(session, stage, stages, phase, place, len(phases), data, state, mask, origin)
+            state, passed = _run_phase(session, stage, stages, phases, place, data, state, mask, origin)
             seconds += passed
             for kind, rows in data.odd.items():
                 odd[kind] |= rows.images()
@@ -105,21 +105,21 @@ def _phase_data(
 
 
 def _run_phase(
-    session: Session, stage: Stage, stages: tuple[Stage, ...], phase: Phase, place: int, phases: int, data: _PhaseData, state: CLState,
+    session: Session, stage: Stage, stages: tuple[Stage, ...], phases: tuple[Phase, ...], place: int, data: _PhaseData, state: CLState,
     mask, origin: str
 ) -> tuple[CLState, float]:
     """Trains one phase, number `place` of `phases`."""
-    settings, method, last = session.settings, session.method, place == phases - 1
+    settings, method, phase, last = session.settings, session.method, phases[place], place == len(phases) - 1
     trainable, frozen = trees.partition(state.params, mask)
     begin = start_phase(trainable, settings.train, session.mesh, state.carry.get("running"))
     folder = stage.folder(session.workdir) / PROGRESS
-    spent = _resume(session, folder, phase, origin, begin, data)
+    spent = _resume(session, folder, phases, place, origin, begin, data)
     if begin.step == data.steps and not last:  # done before the run was killed in a later phase, whose record must stay
         return _ended(state, frozen, begin), spent
     session.logger.rewind(stage.number, phase.name, begin.step)
     # Phases to come are taken to be as long as this one; what they need is not planned yet.
-    stages_left, own_left = len(stages) - stage.number - 1, phases - place - 1
-    later = (stages_left * phases + own_left) * data.steps
+    stages_left, own_left = len(stages) - stage.number - 1, len(phases) - place - 1
+    later = (stages_left * len(phases) + own_left) * data.steps
     session.logger.start_phase(stage=stage.number, stages=len(stages), task=stage.name, phase=phase.name, steps=data.steps,
                                first_step=begin.step, steps_after=later)
     began = time.monotonic() - spent
@@ -162,9 +162,20 @@ def _position(batches: Batches, step: int) -> dict[str, Any]:
     return batches.get_state() | {"next_index": step}
 
 
-def _resume(session: Session, folder: Path, phase: Phase, origin: str, state: PhaseState, data: _PhaseData) -> float:
-    """Takes up the newest intact progress of a phase into `state` and `data`; returns the seconds it had taken."""
-    batches = data.batches
+def _move(folder: Path, aside: Path, phases: list[str]) -> None:
+    """Puts the progress of some phases into another folder, empty before; the phases before them are done, and stay done."""
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name in phases:
+        for path in folder.glob(f"{name}_*"):
+            path.rename(aside / path.name)
+
+
+def _resume(
+    session: Session, folder: Path, phases: tuple[Phase, ...], place: int, origin: str, state: PhaseState, data: _PhaseData
+) -> float:
+    """Takes up the newest intact progress of phase number `place` into `state` and `data`; returns the seconds it had taken."""
+    batches, phase = data.batches, phases[place]
     path, skipped = find_newest(folder, f"{phase.name}_*", clean=session.chief)
     for damaged, reason in skipped:
         logging.warning("Progress %s is skipped: %s", damaged.name, reason)
@@ -178,12 +189,11 @@ def _resume(session: Session, folder: Path, phase: Phase, origin: str, state: Ph
     except UserError as error:  # other buckets, mended records, another tokenizer: its batches are not those of the steps done
         problem = problem or str(error)
     if problem:
-        aside = folder.with_name(f"{PROGRESS}_dropped")
-        text = "Progress %s is dropped: %s. The stage begins anew; the old progress is kept in %s until it ends."
-        logging.warning(text, path.name, problem, aside)
+        aside, what = folder.with_name(f"{PROGRESS}_dropped"), f"phase {phase.name}" if place else "stage"
+        text = "Progress %s is dropped: %s. The %s begins anew; the old progress is kept in %s until the stage ends."
+        logging.warning(text, path.name, problem, what, aside)
         if session.chief:
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+            _move(folder, aside, [phase.name for phase in phases[place:]])
         batches.set_state(batches.get_state() | {"next_index": 0})
         return 0.0
     try:

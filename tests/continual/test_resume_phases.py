@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_llava
 import tiny_run
 from tiny_run import here  # noqa: F401
 
 from proglora_jax.checkpoints.stage import load_checkpoint
 from proglora_jax.continual import feature_data, phases
 from proglora_jax.data.errors import UserError
+from proglora_jax.methods.base import Phase
+from proglora_jax.training import loop
+from proglora_jax.training.settings import TrainSettings
 
 # SEMA's second task has both of its phases; PCLR integrates in no task but the second of three.
 SMALL = {
@@ -70,6 +75,44 @@ def test_kills_inside_each_phase_change_no_bit(here, method, monkeypatch):  # no
         tree = load_checkpoint(tiny_run.stage_folders(clean)[-1] / "adapter")[0]["adapter"]["modules"]
         np.testing.assert_array_equal(tree["modules"], [[1, 0], [1, 1]])
         assert np.all(tree["records"] == 500) and np.all(tree["deviation"] > 0)  # the newest of eight steps of 128 rows
+
+
+def progress(folder: Path, phase: str, batches, step: int) -> loop.PhaseState:
+    """Saves a phase's progress as a run does, if it has made a step; returns the phase's beginning."""
+    begin = loop.start_phase({"a": np.ones(3, np.float32)}, TrainSettings(), tiny_llava.mesh())
+    if step:
+        meta = {"step": step, "phase": phase, "origin": "the stage before", "loss": 1.0, "seconds": 2.0}
+        records = {"meta": meta, "iterator": phases._position(batches, step)}
+        phases.save_checkpoint(folder / f"{phase}_{step:07d}", phases._changed(begin), records)
+    return begin
+
+
+def test_other_features_drop_their_own_phase_and_those_after_it(tmp_path, rng, caplog):
+    """The phase before is done and stays so; what began with another state is dropped as a whole."""
+    folder, aside = tmp_path / "progress", tmp_path / "progress_dropped"
+    features = rng.standard_normal((5, 3)).astype(np.float32)
+    of = lambda x: feature_data.FeatureBatches(x, np.arange(5), feature_data.plan_rows(5, 4, epochs=4, max_steps=0, seed=1), 0)
+    turns = tuple(map(Phase, ("func", "rd", "func1", "rd1")))
+    session = types.SimpleNamespace(chief=True, logger=types.SimpleNamespace(message=lambda text: None))
+
+    def resume(place: int, x, origin: str = "the stage before") -> tuple[int, float]:
+        begin, data = progress(folder, turns[place].name, None, 0), phases._PhaseData(of(x), 8, str, {})
+        seconds = phases._resume(session, folder, turns, place, origin, begin, data)
+        assert data.batches.next_index == begin.step
+        return begin.step, seconds
+
+    for phase, step in (("func", 4), ("func", 8), ("rd", 8), ("func1", 2)):
+        progress(folder, phase, of(features), step)
+    assert resume(0, features) == (8, 2.0) and resume(1, features) == (8, 2.0) and not aside.exists()
+    with caplog.at_level("WARNING"):
+        assert resume(1, features + 1) == (0, 0.0)
+    assert "The phase rd begins anew; the old progress is kept in" in caplog.text
+    assert sorted(path.name for path in folder.iterdir()) == ["func_0000004", "func_0000008"]
+    assert sorted(path.name for path in aside.iterdir()) == ["func1_0000002", "rd_0000008"]
+    assert resume(0, features) == (8, 2.0) and resume(2, features) == (0, 0.0)
+    progress(folder, "rd", of(features), 2)
+    assert resume(0, features, "another") == (0, 0.0) and "The stage begins anew" in caplog.text
+    assert not list(folder.iterdir()) and len(list(aside.iterdir())) == 3
 
 
 def test_batches_of_features_are_planned_once_and_refuse_others(rng):
