@@ -20,7 +20,7 @@ from proglora_jax.data.rows import EncodedRows, encode_rows
 from proglora_jax.data.schema import TrainRow
 from proglora_jax.data.tasks import select_subset
 from proglora_jax.methods.base import Phase, Replay
-from proglora_jax.training import fisher
+from proglora_jax.training import fisher, losses
 from proglora_jax.training.settings import batch_size_of
 
 
@@ -68,13 +68,14 @@ def stage_data(
         raise UserError(f"config.train.batch_size={size}: must be a multiple of the {ways} devices that share a batch")
     old = _replayed(session, replay) if replay else []
     if not old:
-        return StageData(own, len(own), _plan(session, own, np.arange(len(own)), size, seed, settings.train.max_steps, epochs))
+        return StageData(own, len(own), _grouped_plan(session, own, size, seed, epochs))
     extra = encode_rows(old, session.encoder, settings.data.on_unsupervised)
     rows = _join(own, extra)
-    numbers = np.arange(len(rows))
     if replay.mix == "concat":
-        return StageData(rows, len(own), _plan(session, rows, numbers, size, seed, settings.train.max_steps, epochs))
+        return StageData(rows, len(own), _grouped_plan(session, rows, size, seed, epochs))
+    numbers = np.arange(len(rows))
     part = max(1, round(size * replay.share))
+    # Own and replayed rows have one mean each, whatever loss_norm is: there are no groups to balance.
     first = _plan(session, rows, numbers[: len(own)], size - part, seed, settings.train.max_steps, epochs)
     # There may be fewer replayed rows than their share of one batch: they come again as often as needed.
     second = _plan(session, rows, numbers[len(own) :], part, seed, len(first), epochs, remainder="wrap")
@@ -144,15 +145,23 @@ def _load(session: Session, rows: EncodedRows, numbers: np.ndarray, bucket: tupl
     return collate(members, bucket, session.encoder.tokenizer.pad_id, (session.images.size, session.images.size))
 
 
+def _grouped_plan(session: Session, rows: EncodedRows, size: int, number: int, epochs: int) -> BatchPlan:
+    """The batches of all rows; the groups within which the loss is averaged are of about equal length."""
+    train = session.settings.train
+    groups = losses.group_count(size, train)
+    return _plan(session, rows, np.arange(len(rows)), size, number, train.max_steps, epochs, groups=groups)
+
+
 def _plan(
-    session: Session, rows: EncodedRows, numbers: np.ndarray, size: int, number: int, max_steps: int, epochs: int, remainder: str = ""
+    session: Session, rows: EncodedRows, numbers: np.ndarray, size: int, number: int, max_steps: int, epochs: int, remainder: str = "",
+    groups: int = 1,
 ) -> BatchPlan:
     data, train = session.settings.data, session.settings.train
     # A seed per stage: with one for all, every stage of equal size would see its rows in the same order.
     plan = plan_batches(
         rows.lengths[numbers], rows.labels[numbers], rows.has_image[numbers], batch_size=size, buckets=data.buckets,
         seed=session.settings.run.seed * 1000 + number, epochs=epochs, max_steps=max_steps, grouping=data.grouping,
-        remainder=remainder or data.remainder,
+        remainder=remainder or data.remainder, chunks=groups, image_positions=session.encoder.image_tokens,
     )
     return dataclasses.replace(plan, rows=numbers[plan.rows])
 

@@ -65,6 +65,7 @@ def plan_batches(
     grouping: str = "modality_length",
     remainder: str = "drop",
     chunks: int = 1,
+    image_positions: int = 0,
 ) -> BatchPlan:
     """Plans the batches of a phase.
 
@@ -80,7 +81,9 @@ def plan_batches(
         grouping: "modality_length" (CoIN: nearly every batch all image or all text, chunks of equal total length),
             "bucket" (rows of one bucket together: fewest padded positions), "none" (plain shuffle).
         remainder: "drop" leaves the last partial batch of an epoch out, "wrap" fills it from the epoch's first rows.
-        chunks: equal parts of a batch that should have about the same total length (devices times accumulation steps).
+        chunks: equal parts of a batch, each of consecutive rows, that should have about the same total length ("modality_length" only):
+            the groups within which the loss is averaged, in LLaVA one per device and accumulation step.
+        image_positions: positions of an image, which the lengths of chunks leave out, as LLaVA's do.
 
     Raises:
         UserError: "config.train.batch_size=32: only 20 rows; lower it or set config.data.remainder=wrap", and the like for every field.
@@ -95,7 +98,7 @@ def plan_batches(
     while (len(batches) < max_steps) if max_steps else (epoch < epochs):
         rng = np.random.default_rng([seed & 0xFFFFFFFF, epoch])
         if grouping == "modality_length":
-            stream = _modality_stream(rng, lengths, has_image, batch_size, chunks)
+            stream = _modality_stream(rng, lengths - image_positions * has_image, has_image, batch_size, chunks)
         elif grouping == "bucket":
             stream = _bucket_stream(rng, row_bucket, batch_size)
         else:
@@ -170,7 +173,7 @@ def _check(count, batch_size, epochs, max_steps, grouping, remainder, chunks) ->
     if remainder not in REMAINDERS:
         raise UserError(f"config.data.remainder={remainder}: choose one of {', '.join(REMAINDERS)}")
     if batch_size < 1 or chunks < 1 or batch_size % chunks:
-        raise UserError(f"config.train.batch_size={batch_size}: must be above 0 and divisible by devices times micro-batches ({chunks})")
+        raise UserError(f"config.train.batch_size={batch_size}: must be above 0 and divisible by its {chunks} chunks")
     if max_steps < 0 or (max_steps == 0 and epochs < 1):
         raise UserError(f"config.train.epochs={epochs}, config.train.max_steps={max_steps}: train for at least one epoch or one step")
     if count == 0:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from proglora_jax.data.errors import UserError
+from proglora_jax.training.settings import TrainSettings
 
 
 def token_nll(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> jax.Array:
@@ -37,6 +38,19 @@ def group_rows(rows: int, groups: int, size: int) -> int:
     return rows // groups if groups else size
 
 
+def group_count(rows: int, train: TrainSettings) -> int:
+    """Groups of consecutive rows within which the loss of a batch is averaged; 1 for `global_token_mean`.
+
+    Raises:
+        UserError: as `group_rows` and `row_scales` do where the groups do not divide the batch.
+    """
+    if train.loss_norm == "global_token_mean":
+        return 1
+    size = group_rows(rows, train.loss_groups, train.loss_group_size)
+    _check_division(rows, size)
+    return rows // size
+
+
 def row_scales(mask: jax.Array, weight: jax.Array, norm: str, group_size: int, separate: jax.Array | None = None) -> jax.Array:
     """What a row's summed loss is multiplied by, so that the batch's loss is the sum over rows, however it is split.
 
@@ -62,7 +76,11 @@ def row_scales(mask: jax.Array, weight: jax.Array, norm: str, group_size: int, s
         return weight / jnp.maximum(mine, 1.0)
     if norm == "global_token_mean":
         return weight / jnp.maximum(count.sum(), 1.0)
-    if rows % group_size:
-        raise UserError(f"config.train.loss_group_size={group_size}: must divide the batch of {rows} rows")
+    _check_division(rows, group_size)
     groups = count.reshape(-1, group_size).sum(axis=1)
     return weight / (jnp.repeat(jnp.maximum(groups, 1.0), group_size) * groups.shape[0])
+
+
+def _check_division(rows: int, group_size: int) -> None:
+    if rows % group_size:
+        raise UserError(f"config.train.loss_group_size={group_size}: must divide the batch of {rows} rows")

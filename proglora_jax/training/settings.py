@@ -122,6 +122,7 @@ class TrainSettings:
         epsilon: AdamW.
         grad_clip: global norm; 0 switches clipping off.
         loss_norm: "global_token_mean", or "micro_batch_mean" (mean within groups of `loss_group_size` rows, then over groups).
+            data.grouping=modality_length makes these groups about equally long, as LLaVA's sampler does its micro-batches.
         loss_group_size: rows per group of "micro_batch_mean".
         loss_groups: groups per batch, for tasks with batches of different sizes; above 0 it stands in for `loss_group_size`.
     """

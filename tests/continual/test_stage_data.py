@@ -102,6 +102,26 @@ def test_batch_sizes_by_task_and_batches_that_cannot_be_shared(session, last):
         stage_data(eight, last, own, None)
 
 
+def test_loss_groups_of_multi_turn_records_hold_about_as_many_labels(session, last):
+    """Records of about 12 turns, as GQA's: sorted by length and cut, the first group would hold ten times the labels of the last."""
+    rng = np.random.default_rng(0)
+    turns = rng.geometric(1 / 12, 2000).clip(1, 60)
+    own = own_rows(session, last)
+    rows = dataclasses.replace(
+        own, rows=own.rows * 100, lengths=600 + 14 * turns, labels=2 * turns + rng.integers(0, 3, 2000), has_image=np.ones(2000, bool))
+    data = dataclasses.replace(session.settings.data, buckets=((2048, 256),), grouping="modality_length")
+    opened = dataclasses.replace(session, settings=dataclasses.replace(session.settings, data=data))
+
+    def ratio(groups: int, **fields) -> float:
+        plan = stage_data(change(opened, batch_size=56, epochs=1, **fields), last, rows, None).plan
+        sums = rows.labels[plan.rows].reshape(len(plan), groups, -1).sum(axis=2)
+        return (sums.max(axis=1) / sums.min(axis=1)).mean()
+
+    assert ratio(7, loss_norm="micro_batch_mean", loss_groups=7) < 1.25
+    assert ratio(14, loss_norm="micro_batch_mean", loss_group_size=4) < 1.7
+    assert ratio(7, loss_norm="global_token_mean") > 5
+
+
 def test_chosen_rows_come_in_full_batches_with_their_places(session, last):
     own = own_rows(session, last)
     numbers = np.array([11, 3, 19, 0, 7])

@@ -76,6 +76,13 @@ def test_chunks_have_similar_total_lengths():
     assert spread(plan.rows) < 0.3 * spread(plain.rows)
 
 
+def test_chunks_are_dealt_by_words_without_the_image():
+    """By hand: 100 | 30 30 30 30 fills the second chunk, though with 576 positions an image the third 30 would go to the first."""
+    words = np.array([100, 30, 30, 30, 30, 30, 5, 5])
+    plan = plan_batches(words + 576, words, np.ones(8, bool), batch_size=8, buckets=((700, 100),), seed=0, chunks=2, image_positions=576)
+    assert words[plan.rows[0]].tolist() == [100, 30, 5, 5, 30, 30, 30, 30]
+
+
 def test_same_seed_same_plan():
     first, _ = make(epochs=2)
     again, _ = make(epochs=2)
@@ -112,7 +119,7 @@ def test_suggested_buckets_fit():
         ({"count": 15}, "config.train.batch_size=16: only 15 rows"),
         ({"count": 0}, "no training rows are left"),
         ({"batch_size": 0}, "config.train.batch_size=0"),
-        ({"chunks": 3}, "divisible by devices"),
+        ({"chunks": 3}, "divisible by its 3 chunks"),
         ({"epochs": 0}, "config.train.epochs=0"),
         ({"grouping": "x"}, "config.data.grouping=x"),
         ({"remainder": "x"}, "config.data.remainder=x"),
