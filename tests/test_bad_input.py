@@ -319,6 +319,7 @@ def records(root: Path, task: str, file: str = "train") -> Path:
         ("TextVQA", "train", lambda r: r[3].pop("conversations"), r"train.json: 1 .*: record 3 \(id 10000003\): no 'conversations' list"),
         ("TextVQA", "train", lambda r: r[3].update(image="../up.jpg"), "image path '../up.jpg' leaves the image root"),
         ("TextVQA", "val", lambda r: r[2].pop("text"), r"val.json: 1 problem\(s\): record 2 \(id .*\): no 'text'"),
+        ("ImageNet", "test", lambda r: r[4].pop("answer"), r"references of imagenet: 1 problem\(s\): question_id .*: has no 'answer'"),
         ("Grounding", "test", lambda r: r[1].update(answer_bbox="[0.1, 0.2, 1.7, 0.4]"), "box '.*1.7.*' must be four numbers between 0"),
         ("Grounding", "train", lambda r: r[3]["conversations"][1].update(value="[0.1, nan, 0.3, 0.4]"),
          r"train.json: 1 problem\(s\): record 3 \(id .*\): answer of turn 0: box '\[0.1, nan, .*' must be four numbers between 0 and 1. "

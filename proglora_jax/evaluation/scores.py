@@ -152,6 +152,9 @@ def score_grounding(text: str, reference: Reference, mode: str, options: ScoreOp
     return None if box is None else float(boxes.iou(box, target) > 0.5)
 
 
+# Scorers that compare with the answer of the question itself, as it is.
+_BY_ANSWER = ("imagenet", "vizwiz", "vqav2", "ocrvqa")
+
 # Name of a scorer (the task's name in lower case) -> function; the table of tasks names them.
 SCORERS: Mapping[str, Scorer] = {
     "scienceqa": score_scienceqa,
@@ -275,6 +278,8 @@ def check_references(task: str, references: Sequence[Reference], options: ScoreO
 
 def reference_problem(task: str, reference: Reference, options: ScoreOptions | None = None) -> str | None:
     """Why a task's scorer cannot use a reference; None if it can."""
+    if task in _BY_ANSWER and not reference.answer.strip():
+        return "has no 'answer'"  # as text it would be found in any prediction, or only equal an empty one
     if task == "textvqa" and len(reference.answers or ()) != textvqa.REFERENCES_PER_QUESTION:
         return f"{len(reference.answers or ())} answers, 10 are needed"
     if task == "grounding":

@@ -244,3 +244,6 @@ def test_errors():
         score("scienceqa", [], reference)
     with pytest.raises(UserError, match="question_id 1: answer 'red' and bbox None hold no box"):
         score("grounding", [], reference)
+    for task in ("imagenet", "vizwiz", "vqav2", "ocrvqa"):
+        with pytest.raises(UserError, match=f"references of {task}: 1 problem.s.: question_id 2: has no 'answer'"):
+            score(task, [], [*reference, Reference("2", " ")])

@@ -115,7 +115,7 @@ class RecordChecker:
         refused = set() if None in auxiliary.values() else self._check_scoring(data.task.scorer, scan, seen, auxiliary)
         for index, question in enumerate(scan.records):
             if index not in refused:
-                self._check_reference(question, seen.path, scan.positions[index], plain=not auxiliary)
+                self._check_reference(question, seen.path, scan.positions[index])
         self._finish(scan, seen, row, expected, {question.answer for question in scan.records})
         if self._encoder is not None:
             self._encode(scan, seen, row, self._encoder.encode_questions, self._judge_question)
@@ -152,12 +152,10 @@ class RecordChecker:
             if reason:
                 self.findings.add("box", path, f"answer of turn {number}: {reason}", position, example.id)
 
-    def _check_reference(self, question: Question, path: str, position: int, plain: bool) -> None:
-        """What the scorer accepts but cannot judge by; plain: the question itself, not an auxiliary file, holds the reference."""
+    def _check_reference(self, question: Question, path: str, position: int) -> None:
+        """What the scorer accepts but cannot judge by."""
         if question.bbox is not None and (reason := _no_area(question.bbox)):
             self.findings.add("box", path, f"{reason}, so no answer can be right", position, question.id)
-        elif plain and question.bbox is None and not question.answer.strip():
-            self.findings.add("reference", path, "no 'answer' to compare with", position, question.id)
 
     def _read_auxiliary(self, path: str) -> dict | None:
         if path not in self._auxiliary:
