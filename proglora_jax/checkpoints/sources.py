@@ -38,7 +38,7 @@ class Source:
 
     Attributes:
         folder: of the whole model, or of its language model.
-        vision_folder: of the CLIP, where the vision tower is not in `folder`.
+        vision_folder: of the CLIP, where the vision tower, or its sizes, are not in `folder`.
         config: sizes, with room in the vocabulary for <image> and <pad>.
         tensors: name in the table of names -> where it lies; every parameter of `config` once.
         rows: rows of the vocabulary on disk; those from here to the config's are new.
@@ -47,7 +47,7 @@ class Source:
             only pre-trained), "llava15_7b" (a whole instruction-tuned LLaVA), the same of 13b, or "..._custom" for other sizes;
             "...+projector" where a projector that was asked for took the place of the model's own.
         files: the weight files that are read.
-        note: which of two projectors was taken, "" where there is one.
+        note: which of two projectors or vision towers was taken, "" where there is one of each.
     """
 
     folder: pathlib.Path
@@ -76,7 +76,10 @@ class Source:
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json and the weight files, names and contents, as hex digits: the name of a base model."""
-        files = [path for folder in (self.folder, self.vision_folder) if folder for path in _weight_files(folder)]
+        files = _weight_files(self.folder)
+        if self.vision_folder:  # a tower that is not read is not part of the model
+            tower = any(path.parent == self.vision_folder for path in self.files)
+            files += _weight_files(self.vision_folder) if tower else [self.vision_folder / CONFIG]
         return files_digest(files + [path for path in self.files if path not in files])
 
 
@@ -93,7 +96,8 @@ def find_source(folder: Path, vision_folder: Path | None = None, projector_file:
 
     Args:
         folder: of the whole model or of the language model.
-        vision_folder: of a CLIP, for a `folder` without a vision tower; default: what `mm_vision_tower` in config.json names.
+        vision_folder: of a CLIP, for a `folder` without a vision tower or its sizes; a tower among the weights of `folder` wins over the
+            CLIP's. Default: what `mm_vision_tower` in config.json names.
         projector_file: file with the projector's four tensors, or the folder of a stage-1 checkpoint that holds it; wins over those in
             `folder`. Default: the projector among the weights, then mm_projector.bin in `folder`, then what `pretrain_mm_mlp_adapter`
             in config.json names.
@@ -111,13 +115,17 @@ def find_source(folder: Path, vision_folder: Path | None = None, projector_file:
     config = _config(folder, fields, vision)
     file = _projector(folder, fields, projector_file, original)
     tensors, files = index_folder(folder)
-    own, note = any(name.startswith("multi_modal_projector.") for name in tensors), ""
+    own, notes = any(name.startswith("multi_modal_projector.") for name in tensors), []
     if own and file is not None:
-        note = f"the projector of {file} takes the place of the one in the weights, as asked"
+        notes.append(f"the projector of {file} takes the place of the one in the weights, as asked")
         if not projector_file:
             beside = file.name if file.parent == folder else file
-            file, note = None, f"{beside} is not read, the weights hold the projector"
-    if vision is not None:
+            file, notes = None, [f"{beside} is not read, the weights hold the projector"]
+    if vision is not None and any(name.startswith("vision_tower.") for name in tensors):
+        said = f"the weights hold the vision tower; of {vision} only sizes and image settings are read"
+        notes.append(said if original else f"{vision} is not read, the weights hold the vision tower")
+        vision = vision if original else None
+    elif vision is not None:
         towers, more = index_folder(vision)
         tensors |= {name: tensor for name, tensor in towers.items() if name.startswith("vision_tower.")}
         files += more
@@ -135,7 +143,7 @@ def find_source(folder: Path, vision_folder: Path | None = None, projector_file:
     tensors = _checked(folder, config, tensors)
     protocol = fields.get(PROTOCOL) or _protocol(grown, stage_1=original and (not own or bool(fields.get("tune_mm_mlp_adapter"))))
     replaced = "+projector" if own and file is not None else ""
-    return Source(folder, vision, grown, tensors, rows, original, f"{protocol}{replaced}", tuple(files), note)
+    return Source(folder, vision, grown, tensors, rows, original, f"{protocol}{replaced}", tuple(files), "; ".join(notes))
 
 
 def read_config(folder: Path, vision_folder: Path | None = None) -> LlavaConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
 
 import chex
@@ -163,13 +164,36 @@ def test_original_llava_in_one_folder(world, tmp_path):
     assert source.protocol == "vicuna_projector_custom" and source.config.vision_feature_select_strategy == "full"
 
 
+def test_a_vision_tower_among_the_weights_wins_over_the_folder_of_a_clip(world, tmp_path):
+    """Trained on with its tower, or of transformers: the CLIP's folder says how large it is, and may say how images are prepared."""
+    root, state = world
+    clip = tmp_path / "clip"
+    shutil.copytree(root / "clip", clip)
+    save_bin(clip, {name: tensor * 3 for name, tensor in torch.load(root / "clip" / "pytorch_model.bin").items()})
+    fields = json.loads((root / "vicuna" / "config.json").read_text()) | {"model_type": "llava", "mm_vision_tower": "openai/clip"}
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "config.json").write_text(json.dumps(fields))
+    save_bin(tmp_path / "llava", {original(name): tensor for name, tensor in state.items()})
+    tiny_hf.make("grouped").save_pretrained(tmp_path / "hf")
+    own = state["vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"].T.numpy()
+    for folder, said in (("llava", f"the weights hold the vision tower; of {clip} only sizes and image settings are read"),
+                         ("hf", f"{clip} is not read, the weights hold the vision tower")):
+        source = find_source(tmp_path / folder, clip)
+        assert source.protocol == "llava_custom" and source.describe().endswith(f"; {said}") and len(source.files) == 1
+        np.testing.assert_array_equal(load_source(source, jnp.float32).vision.layers.fc1.kernel[...][0], own)
+    # what is not read is not part of the model's name; a run of before, which read it, does not go on with another tower
+    before = find_source(tmp_path / "llava", clip).fingerprint()
+    assert before == find_source(tmp_path / "llava", root / "clip").fingerprint()
+    assert find_source(tmp_path / "hf", clip).fingerprint() == find_source(tmp_path / "hf").fingerprint()
+
+
 def test_a_projector_among_the_weights_wins_over_a_file_beside_them(world, tmp_path):
     """The folder of llava-v1.5-7b has mm_projector.bin, too, and its config.json may name the file of the first stage."""
     root, state = world
     fields = json.loads((root / "vicuna" / "config.json").read_text())
     stage_1 = str(root / "stage1" / "mm_projector.bin")
     (tmp_path / "config.json").write_text(json.dumps(fields | {"model_type": "llava", "pretrain_mm_mlp_adapter": stage_1}))
-    save_bin(tmp_path, {original(name): tensor for name, tensor in state.items()}, 3)
+    save_bin(tmp_path, {original(name): tensor for name, tensor in state.items() if not name.startswith("vision_tower")}, 3)
     torch.save({name: tensor * 3 for name, tensor in torch.load(stage_1).items()}, tmp_path / "mm_projector.bin")
     own = state["multi_modal_projector.linear_1.weight"].T.numpy()
     source = find_source(tmp_path, root / "clip")
