@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 Box = tuple[float, float, float, float]
 
-# A sign counts only where it does not follow a digit, so that "0.1-0.2" reads as two positive numbers.
-_NUMBER = re.compile(r"(?:(?<![\d.])[-+])?(?:\d+\.\d*|\.\d+|\d+)")
+# A sign counts only where it does not follow a digit, so that "0.1-0.2" reads as two positive numbers. What is not finite is found, too, so
+# that it is not passed over.
+_NUMBER = re.compile(
+    r"(?:(?<![\d.])[-+])?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?|(?<![A-Za-z])(?:nan|NaN|NAN|[iI]nf(?:inity)?|INF)(?![A-Za-z])")
 # A decimal as CoIN's script for MiniGPT-v2 knows it: with a point, without a sign, and not zero ("0.0", "0" and "1" are none).
 _DECIMAL = re.compile(r"[1-9]\d*\.\d*|0\.0*[1-9]\d*")
 # Coordinates above this are pixels: relative ones end at 1, and a model overshoots by little.
@@ -72,7 +74,7 @@ def parse_clean(text: str, size: Sequence[float] | None = None) -> Box | None:
         size: (width, height) of the image in pixels; needed only for boxes given in pixels.
 
     Returns:
-        (x1, y1, x2, y2) with ordered corners, clipped to [0, 1]; None if there are fewer than four finite numbers.
+        (x1, y1, x2, y2) with ordered corners, clipped to [0, 1]; None if there are fewer than four, or one of them is nan or infinite.
     """
     numbers = [float(match) for match in _NUMBER.findall(text)[:4]]
     if len(numbers) < 4 or not all(math.isfinite(number) for number in numbers):

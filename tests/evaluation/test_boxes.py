@@ -77,6 +77,14 @@ def test_endless_digits_are_no_number():
     assert parse_clean("9" * 400 + " 0.1 0.2 0.3") is None
 
 
+def test_numbers_with_exponents_and_numbers_that_are_none():
+    assert parse_clean("[1e-2, 0.28, 6.0E-1, .93]") == (0.01, 0.28, 0.6, 0.93)
+    for none in ("nan", "NaN", "inf", "-inf", "Infinity", "1e999"):
+        assert parse_clean(f"[{none}, 0.1, 0.2, 0.3, 0.4]") is parse_clean(f"[0.1, 0.2, 0.3, {none}]") is None
+        assert parse_clean(f"[0.1, 0.2, 0.3, 0.4] {none}") == (0.1, 0.2, 0.3, 0.4)
+    assert parse_clean("The banana, info 3.end: [0.1, 0.2, 0.3]") == (0.2, 0.1, 1.0, 0.3)
+
+
 def test_iou():
     assert iou((0, 0, 1, 1), (0, 0, 1, 1)) == 1.0
     assert iou((0, 0, 1, 0.5), (0, 0, 1, 1)) == 0.5
