@@ -33,13 +33,16 @@ def parse_box(value: object) -> tuple[float, float, float, float]:
 
 
 def check_boxes(answers: list[str]) -> None:
-    """Checks every box in brackets: training learns a box as text, so that nothing else would ever notice a bad one.
+    """Checks every box: training learns a box as text, so that nothing else would ever notice a bad one.
+
+    Args:
+        answers: each is read at its brackets, or as a whole where it has none; one that is blank is no answer, and passes.
 
     Raises:
         BoxError: "answer of turn 0: box '[0.1, nan, 0.2, 0.3]' must be ..."
     """
     for number, answer in enumerate(answers):
-        for box in _BRACKETS.findall(answer):
+        for box in _BRACKETS.findall(answer) or ([answer] if answer.strip() else []):
             try:
                 parse_box(box)
             except BoxError as error:

@@ -124,7 +124,7 @@ def read_examples(
         task: task name written into every record.
         image_root: folder that image paths are relative to.
         image_aliases: {first folder of an image path: folder that is really there}.
-        boxes: whether answers are boxes: one in brackets whose corners are not four numbers between 0 and 1 is refused.
+        boxes: whether answers are boxes: one whose corners are not four numbers between 0 and 1 is refused.
         on_bad: what becomes of records that are refused: "stop" names them in an error, "skip_and_count" leaves them out and logs
             how many, and the first of them.
         keep: tells the records of this task from others in the same file; None where it holds no others.

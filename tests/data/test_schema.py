@@ -26,12 +26,13 @@ def questions(tmp_path, root, *records):
     return read_questions(write_json(str(tmp_path / "test.json"), list(records)), "Grounding", root)
 
 
-@pytest.mark.parametrize("answer", ["[0.1, 0.2, 0.3]", "[0.1, NaN, 0.3, 0.4]", "It is at [0.1, 0.2, 30, 0.4].", "[0.1,0.2,0.3,-inf]"])
+@pytest.mark.parametrize("answer", ["[0.1, 0.2, 0.3]", "[0.1, NaN, 0.3, 0.4]", "It is at [0.1, 0.2, 30, 0.4].", "[0.1,0.2,0.3,-inf]",
+                                    "0.1, nan, 0.2, 0.3", "0.1, 0.2, 0.3", "on the left"])
 def test_answers_that_teach_a_box_that_is_none(tmp_path, root, answer):
     path = write_json(str(tmp_path / "train.json"), [{"id": 4, "conversations": conversation(("Q1", "[0, 0, 0.5, 1]"), ("Q2", answer))}])
     (example,), left_out = read_examples(path, "GQA", root)  # of a task whose answers are no boxes
     assert example.turns[1][1] == answer and left_out == 0
-    with pytest.raises(UserError, match=r"json: 1 problem\(s\): record 0 \(id 4\): answer of turn 1: box '\[.*\]' must be four numbers"):
+    with pytest.raises(UserError, match=r"json: 1 problem\(s\): record 0 \(id 4\): answer of turn 1: box '.*' must be four numbers"):
         read_examples(path, "Grounding", root, boxes=True)
     with pytest.raises(UserError, match="config.data.on_bad_record=skip: choose one of stop, skip_and_count"):
         read_examples(path, "Grounding", root, boxes=True, on_bad="skip")

@@ -143,7 +143,7 @@ class RecordChecker:
                 self.findings.add("count", seen.path, f"{problem}; download it again, or give --counts any for a set of your own")
 
     def _check_answer_boxes(self, example: Example, path: str, position: int) -> None:
-        """What the reader lets pass: answers without a box in brackets, and boxes without area."""
+        """What the reader lets pass: words around a box in brackets, and boxes without area."""
         for number, (_, gpt) in enumerate(example.turns):
             try:
                 reason = _no_area(parse_box(gpt)) if gpt.strip() else ""
