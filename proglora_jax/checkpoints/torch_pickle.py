@@ -21,6 +21,8 @@ _ZIP = b"PK\x03\x04"
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number that torch.save wrote before it turned to zip
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _LARGEST_PICKLE = 256 << 20
+# "little" or "big".
+_LONGEST_ORDER = 16
 _STORAGES = {
     "DoubleStorage": ("F64", 8), "FloatStorage": ("F32", 4), "HalfStorage": ("F16", 2), "BFloat16Storage": ("BF16", 2),
     "LongStorage": ("I64", 8), "IntStorage": ("I32", 4), "ShortStorage": ("I16", 2), "CharStorage": ("I8", 1),
@@ -96,7 +98,10 @@ class _Reader:
         if len(tables) != 1:
             raise UserError(f"{path}: is a zip archive without the one data.pkl that torch.save writes; give a file of torch.save")
         self.table, self.folder = tables[0], tables[0].removesuffix("data.pkl")
-        if f"{self.folder}byteorder" in archive.namelist() and archive.read(f"{self.folder}byteorder") != b"little":
+        order = f"{self.folder}byteorder"
+        if order in archive.namelist() and archive.getinfo(order).file_size > _LONGEST_ORDER:
+            raise UserError(f"{path}: its entry byteorder has {archive.getinfo(order).file_size:,} bytes; that is no checkpoint")
+        if order in archive.namelist() and archive.read(order) != b"little":
             raise UserError(f"{path}: was written on a big-endian machine; load it with torch and save it again on a common one")
         self.storages: dict[str, _Storage] = {}
 

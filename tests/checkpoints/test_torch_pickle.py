@@ -16,11 +16,11 @@ from proglora_jax.checkpoints.tensors import FLOATS, open_file
 from proglora_jax.data.errors import UserError
 
 
-def pack(path, program: bytes, storages: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED):
+def pack(path, program: bytes, storages: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED, order: bytes = b"little"):
     """An archive as torch.save lays it out, around any pickle."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", program)
-        archive.writestr("archive/byteorder", "little")
+        archive.writestr("archive/byteorder", order)
         for key, data in (storages or {}).items():
             archive.writestr(f"archive/data/{key}", data)
     return path
@@ -173,6 +173,8 @@ def test_damaged_archives_give_one_sentence(tmp_path, rng):
         open_file(pack(tmp_path / "deflated.bin", rebuilt(), data, zipfile.ZIP_DEFLATED))
     with pytest.raises(UserError, match="its pickle is damaged .*data/0"):
         open_file(pack(tmp_path / "without.bin", rebuilt()))
+    with pytest.raises(UserError, match="its entry byteorder has 67,108,864 bytes; that is no checkpoint"):
+        open_file(pack(tmp_path / "bomb.bin", rebuilt(), data, zipfile.ZIP_DEFLATED, order=bytes(64 << 20)))
 
 
 def test_any_flipped_byte_of_the_pickle_is_an_error_of_the_users(tmp_path, rng):
