@@ -170,7 +170,8 @@ def _encoder(arguments):
     if arguments.vision and not arguments.model:
         raise UserError("--vision: goes with --model; with --tokenizer, give --image-tokens")
     if arguments.model:
-        from proglora_jax.checkpoints.sources import is_original, read_config, read_fields
+        from proglora_jax.checkpoints.sources import is_original, read_config
+        from proglora_jax.checkpoints.weight_files import read_fields
         from proglora_jax.continual.session import model_folder
 
         folder = model_folder(arguments.model)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from proglora_jax.checkpoints.names import Row
-from proglora_jax.checkpoints.sources import CONFIG, Path, files_digest, index_folder, read_fields
 from proglora_jax.checkpoints.tensors import FLOATS, StoredTensor
+from proglora_jax.checkpoints.weight_files import CONFIG, Path, files_digest, index_folder, read_fields
 from proglora_jax.data.errors import UserError, raise_collected
 from proglora_jax.data.images import ImageSpec
 from proglora_jax.data.word_pieces import load_word_pieces
@@ -81,7 +81,7 @@ def find_bert(folder: Path, field: str = "config.similarity.bert_path") -> Encod
 
     Raises:
         UserError: "<field>=<folder>: no such folder ...", "<field>=<folder>: holds a model of the type 'vit', not a BERT ...", what
-            `sources.index_folder` says, or "<folder>: <count> problem(s): no tensor <name>; ..."
+            `weight_files.index_folder` says, or "<folder>: <count> problem(s): no tensor <name>; ..."
     """
     return _find(folder, field, "BERT", "bert", BertConfig.from_hf, _BERT_NAMES)
 
@@ -123,7 +123,7 @@ def _find(folder: Path, field: str, what: str, kind: str, read: Callable, names:
         raise UserError(f"{field}={folder}: holds a model of the type {fields['model_type']!r}, not a {what}; give the folder of a {what}")
     try:
         config = read(fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path / CONFIG}: {error}") from error
     tensors, files = index_folder(path, lambda name: _table_name(name, names))
     return EncoderSource(path, config, _checked(path, config, tensors), tuple(files))

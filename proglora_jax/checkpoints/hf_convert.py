@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from proglora_jax.checkpoints.hf_export import VISION_FOLDER, Change, processor_fields, save_source
-from proglora_jax.checkpoints.sources import Path, Source, find_source
+from proglora_jax.checkpoints.sources import Source, find_source
+from proglora_jax.checkpoints.weight_files import Path
 from proglora_jax.data.errors import UserError, disk_errors
 from proglora_jax.data.tokens import load_tokenizer
 

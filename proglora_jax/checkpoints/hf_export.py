@@ -12,8 +12,9 @@ import numpy as np
 
 from proglora_jax.checkpoints.names import STYLES, llava_rows, styled
 from proglora_jax.checkpoints.shards import SHARD_BYTES, Entry, refuse_existing, write_shards
-from proglora_jax.checkpoints.sources import CONFIG, PROTOCOL, Source, disk_names, padded_rows
+from proglora_jax.checkpoints.sources import PROTOCOL, Source, disk_names, padded_rows
 from proglora_jax.checkpoints.tensors import DTYPES
+from proglora_jax.checkpoints.weight_files import CONFIG
 from proglora_jax.data.errors import UserError
 from proglora_jax.models.llava import Llava
 from proglora_jax.models.presets import LlavaConfig

@@ -12,8 +12,9 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from proglora_jax.checkpoints.names import Row, llava_rows
-from proglora_jax.checkpoints.sources import Path, Source, find_source
+from proglora_jax.checkpoints.sources import Source, find_source
 from proglora_jax.checkpoints.tensors import largest
+from proglora_jax.checkpoints.weight_files import Path
 from proglora_jax.core import mesh as meshes
 from proglora_jax.models.layers import Settings
 from proglora_jax.models.llava import Llava, build

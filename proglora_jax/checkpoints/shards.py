@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from proglora_jax.checkpoints.sources import INDEX, WEIGHTS
+from proglora_jax.checkpoints.weight_files import INDEX, WEIGHTS
 from proglora_jax.checkpoints.tensors import FORMATS
 from proglora_jax.data.errors import UserError
 

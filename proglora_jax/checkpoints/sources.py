@@ -9,27 +9,22 @@ Weights are safetensors or files of torch.save, in one file or in shards with an
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import hashlib
-import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from proglora_jax.checkpoints.names import canonical, llava_rows
-from proglora_jax.checkpoints.tensors import FLOATS, StoredTensor, open_file
+from proglora_jax.checkpoints.tensors import FLOATS, StoredTensor
+from proglora_jax.checkpoints.weight_files import (
+    CONFIG, PROJECTORS, Path, existing, files_digest, index_folder, named_tensors, read_fields, weight_files,
+)  # fmt: skip
 from proglora_jax.data.errors import UserError, raise_collected
 from proglora_jax.models.llava import abstract_llava
 from proglora_jax.models.presets import PRESETS, ClipConfig, LlamaConfig, LlavaConfig
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-PROJECTORS = ("mm_projector.bin", "mm_projector.safetensors", "non_lora_trainables.bin")
 PROTOCOL = "proglora_protocol"  # field of a config.json that we write
 ROW_MULTIPLE = 64  # transformers' conversion of LLaVA pads the vocabulary to a multiple of this
-
-Path = str | pathlib.Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +71,11 @@ class Source:
 
     def fingerprint(self) -> str:
         """SHA-256 over config.json and the weight files, names and contents, as hex digits: the name of a base model."""
-        files = _weight_files(self.folder)
+        files = weight_files(self.folder)
         if self.vision_folder:  # a tower that is not read is not part of the model
             tower = any(path.parent == self.vision_folder for path in self.files)
-            files += _weight_files(self.vision_folder) if tower else [self.vision_folder / CONFIG]
+            files += weight_files(self.vision_folder) if tower else [self.vision_folder / CONFIG]
         return files_digest(files + [path for path in self.files if path not in files])
-
-
-def files_digest(files: Sequence[pathlib.Path]) -> str:
-    """SHA-256 over names and contents of files, as hex digits."""
-    # hashlib lets go of the interpreter's lock, so files are read side by side.
-    with concurrent.futures.ThreadPoolExecutor(max_workers=8) as pool:
-        digests = list(pool.map(_digest, files))
-    return hashlib.sha256("".join(f"{path.name} {digest}\n" for path, digest in zip(files, digests)).encode()).hexdigest()
 
 
 def find_source(folder: Path, vision_folder: Path | None = None, projector_file: Path | None = None) -> Source:
@@ -105,16 +92,16 @@ def find_source(folder: Path, vision_folder: Path | None = None, projector_file:
     Raises:
         UserError: "<folder>: no such folder ...", "<folder>: config.json is missing ...", "<file>: <field>=<value> is not supported ...",
             "<folder>: describes a language model without a vision tower; ...", "<folder>: holds no projector; ...", what
-            `tensors.open_file` says, or "<folder>: <count> problem(s): no tensor <name>; ..." for all missing, unexpected and misshapen
-            tensors at once.
+            `weight_files.index_folder` says, or "<folder>: <count> problem(s): no tensor <name>; ..." for all missing, unexpected
+            and misshapen tensors at once.
     """
-    folder = _existing(folder)
+    folder = existing(folder)
     fields = read_fields(folder)
     original = is_original(fields)
-    vision = _existing(vision_folder) if vision_folder else _named_vision(folder, fields) if original else None
+    vision = existing(vision_folder) if vision_folder else _named_vision(folder, fields) if original else None
     config = _config(folder, fields, vision)
     file = _projector(folder, fields, projector_file, original)
-    tensors, files = index_folder(folder)
+    tensors, files = index_folder(folder, canonical)
     own, notes = any(name.startswith("multi_modal_projector.") for name in tensors), []
     if own and file is not None:
         notes.append(f"the projector of {file} takes the place of the one in the weights, as asked")
@@ -126,12 +113,12 @@ def find_source(folder: Path, vision_folder: Path | None = None, projector_file:
         notes.append(said if original else f"{vision} is not read, the weights hold the vision tower")
         vision = vision if original else None
     elif vision is not None:
-        towers, more = index_folder(vision)
+        towers, more = index_folder(vision, canonical)
         tensors |= {name: tensor for name, tensor in towers.items() if name.startswith("vision_tower.")}
         files += more
     if file is not None:
-        named = {canonical(name): tensor for name, tensor in open_file(file).items()}
-        tensors |= {name: tensor for name, tensor in named.items() if name and name.startswith("multi_modal_projector.")}
+        named = named_tensors([file], canonical)
+        tensors |= {name: tensor for name, tensor in named.items() if name.startswith("multi_modal_projector.")}
         files.append(file)
     if original and not any(name.startswith("multi_modal_projector.") for name in tensors):
         raise UserError(
@@ -152,28 +139,10 @@ def read_config(folder: Path, vision_folder: Path | None = None) -> LlavaConfig:
     Raises:
         UserError: "<folder>: no such folder ...", "<folder>: config.json is missing ...", "<file>: <field>=<value> is not supported ..."
     """
-    folder = _existing(folder)
+    folder = existing(folder)
     fields = read_fields(folder)
-    vision = _existing(vision_folder) if vision_folder else _named_vision(folder, fields)
+    vision = existing(vision_folder) if vision_folder else _named_vision(folder, fields)
     return _with_image_row(_config(folder, fields, vision))
-
-
-def read_fields(folder: Path, name: str = CONFIG) -> dict[str, Any]:
-    """A JSON object of a model's folder.
-
-    Raises:
-        UserError: "<folder>: <name> is missing ...", "<file>: cannot be read as JSON (<why>) ...", "<file>: holds no JSON object ..."
-    """
-    path = _existing(folder) / name
-    if not path.exists():
-        raise UserError(f"{folder}: {name} is missing; give a folder as transformers' save_pretrained writes it")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); download or write it again") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: holds no JSON object; download or write it again")
-    return fields
 
 
 def is_original(fields: Mapping[str, Any]) -> bool:
@@ -227,7 +196,7 @@ def _config(folder: pathlib.Path, fields: Mapping[str, Any], vision: pathlib.Pat
         )
     except UserError:
         raise
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
 
 
@@ -279,48 +248,6 @@ def _projector(folder: pathlib.Path, fields: Mapping[str, Any], given: Path | No
 # ---- tensors
 
 
-def index_folder(
-    folder: pathlib.Path, table_name: Callable[[str], str | None] = canonical
-) -> tuple[dict[str, StoredTensor], list[pathlib.Path]]:
-    """All weights of a folder.
-
-    Args:
-        folder: holds safetensors or files of torch.save, in one or in parts with an index.
-        table_name: name on disk -> name in the table of names, None for what is of no use.
-
-    Returns:
-        (name in the table -> tensor, files that were read).
-
-    Raises:
-        UserError: "<folder>: holds no model.safetensors, no pytorch_model.bin and no index of parts", "<folder>: <count> problem(s):
-            <file> is missing; ...", or what `tensors.open_file` says.
-    """
-    for index, whole in ((INDEX, WEIGHTS), (TORCH_INDEX, TORCH_WEIGHTS)):
-        if (folder / index).exists():
-            shards = read_fields(folder, index).get("weight_map")
-            if not isinstance(shards, Mapping) or not all(isinstance(name, str) for name in shards.values()):
-                raise UserError(f"{folder / index}: has no weight_map; download the file again")
-            names = sorted(set(shards.values()))
-            break
-        if (folder / whole).exists():
-            names = [whole]
-            break
-    else:
-        alone = next((name for name in PROJECTORS if (folder / name).exists()), None)
-        parts = sorted(path.name for path in folder.glob("*-of-*"))
-        hint = f" (found {alone}: give it as the projector, and the language model's folder here)" if alone else ""
-        hint = hint or (f" (found {parts[0]}: the index that says what is in which part is missing)" if parts else "")
-        raise UserError(f"{folder}: holds no {WEIGHTS}, no {TORCH_WEIGHTS} and no index of parts{hint}")
-    outside = [f"{name} lies outside of the folder" for name in names if pathlib.Path(name).name != name]
-    missing = [f"{name} is missing" for name in names if name not in outside and not (folder / name).exists()]
-    raise_collected(outside or missing, str(folder), "Download these files again.")
-    tensors: dict[str, StoredTensor] = {}
-    for name in names:
-        known = {table_name(own): tensor for own, tensor in open_file(folder / name).items()}
-        tensors |= {own: tensor for own, tensor in known.items() if own is not None}
-    return tensors, [folder / name for name in names]
-
-
 def _checked(folder: pathlib.Path, config: LlavaConfig, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors that the model needs, after comparing all with the config; raises once for all differences."""
     shapes = dict(disk_names(config))
@@ -336,22 +263,3 @@ def _checked(folder: pathlib.Path, config: LlavaConfig, tensors: Mapping[str, St
             problems.append(f"{tensor.name} holds {tensor.format}, not floats (quantised weights are not supported)")
     raise_collected(problems, str(folder), f"Check that {CONFIG} and the weights belong together.")
     return {name: tensors[name] for name in shapes}
-
-
-def _existing(folder: Path) -> pathlib.Path:
-    folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give a folder with {CONFIG} and {WEIGHTS} (nothing is downloaded)")
-    return folder
-
-
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """config.json and the weight files of a folder, those of torch.save where there are no others."""
-    weights = {*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")}
-    weights = weights or {*folder.glob("*.bin"), *folder.glob("*.bin.index.json")}
-    return sorted(path for path in {folder / CONFIG, *weights} if path.exists())
-
-
-def _digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

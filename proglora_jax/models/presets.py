@@ -7,6 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 
+def _sizes(where: str, config: Any) -> None:
+    """Refuses sizes that are none; those that follow from others may be left out."""
+    for field in dataclasses.fields(config):
+        value, optional = getattr(config, field.name), field.type == "int | None"
+        if (optional and value is not None or field.type == "int") and not (isinstance(value, int) and value > 0):
+            raise ValueError(f"{where}: {field.name}={value!r} must be a whole number above 0")
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Sizes of a Llama decoder; the defaults are those of transformers' LlamaConfig, so that fields omitted on disk mean the same."""
@@ -24,6 +32,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
+        _sizes("text_config", self)
         # Filled in here so that every reader sees numbers; HF leaves both out where they follow from the other sizes.
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
@@ -34,8 +43,8 @@ class LlamaConfig:
                 f"text_config: num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"text_config: head_dim={self.head_dim} must be even, for the rotary positions")
+        if self.head_dim % 2 or not self.head_dim:
+            raise ValueError(f"text_config: head_dim={self.head_dim} must be even and above 0, for the rotary positions")
 
     @classmethod
     def from_hf(cls, fields: Mapping[str, Any]) -> LlamaConfig:
@@ -76,6 +85,7 @@ class ClipConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self):
+        _sizes("vision_config", self)
         if self.image_size % self.patch_size:
             raise ValueError(f"vision_config: image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
         if self.hidden_size % self.num_attention_heads:
@@ -199,6 +209,7 @@ class VitConfig:
     qkv_bias: bool = True
 
     def __post_init__(self):
+        _sizes("ViT", self)
         _whole_heads("ViT", self.hidden_size, self.num_attention_heads)
         if self.image_size % self.patch_size:
             raise ValueError(f"ViT: image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
@@ -234,6 +245,7 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
 
     def __post_init__(self):
+        _sizes("BERT", self)
         _whole_heads("BERT", self.hidden_size, self.num_attention_heads)
 
     @classmethod

@@ -187,6 +187,10 @@ def test_damaged_folders_give_one_sentence(saved, tmp_path):
     with pytest.raises(UserError, match="model.safetensors: cannot be read as safetensors .*truncated"):
         load_llava(empty)
     fields = json.loads((saved / "config.json").read_text())
+    fields["text_config"]["num_attention_heads"] = 0
+    (empty / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="config.json: text_config: num_attention_heads=0 must be a whole number above 0"):
+        load_llava(empty)
     fields["text_config"]["model_type"] = "gemma"
     (empty / "config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match=r"config.json: text_config: model_type='gemma' is not supported \(llama is\)"):

@@ -81,12 +81,30 @@ def test_damaged_parts_of_safetensors_give_one_sentence(saved, tmp_path, capsys)
         load_llava(folder)
     part.write_bytes(content)
     for table, sentence in (("{", "index.json: cannot be read as JSON"), ("{}", "index.json: has no weight_map"),
+                            ('{"weight_map": {}}', "index.json: has no weight_map"),
                             ('{"weight_map": {"a": 3}}', "index.json: has no weight_map")):
         index.write_text(table)
         with pytest.raises(UserError, match=sentence):
             load_llava(folder)
     index.unlink()
     with pytest.raises(UserError, match="no index of parts .found model-00001-of-00003.safetensors: the index .* is missing"):
+        load_llava(folder)
+    index.write_text(places)
+    other, words = folder / "model-00003-of-00003.safetensors", load_file(part)
+    name = next(iter(words))
+    for change, sentence in (
+        ({name: words[name]}, f"{name} of model-00002-of-00003.safetensors and {name} of model-00003-of-00003.safetensors are one tensor"),
+        ({f"base_model.model.{name}": words[name]}, f"and base_model.model.{name} of model-00003-of-00003.safetensors are one tensor"),
+    ):
+        whole = other.read_bytes()
+        save_file(load_file(other) | change, other)
+        with pytest.raises(UserError, match=f"1 problem.*{sentence}"):
+            load_llava(folder)
+        other.write_bytes(whole)
+    table = json.loads(places)
+    table["weight_map"][name] = other.name
+    index.write_text(json.dumps(table))
+    with pytest.raises(UserError, match=f"1 problem.*no tensor {name} in {other.name}, where {index.name} has it"):
         load_llava(folder)
     index.write_text(places)
     strange = {f"decoder.{name}": array for name, array in load_file(part).items()}
