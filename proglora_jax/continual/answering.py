@@ -25,7 +25,7 @@ import numpy as np
 
 from proglora_jax.checkpoints.integrity import atomic_write_json, read_json, sha256_of_file
 from proglora_jax.continual.blank_images import KINDS, odd_questions
-from proglora_jax.continual.session import Session
+from proglora_jax.continual.session import Session, unasked
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import CLState
 from proglora_jax.data.errors import UserError
@@ -69,16 +69,16 @@ def evaluate_task(
     path, answers = scores_file(folder, name, images), folder / "answers" / f"{_file_name(name, images)}.jsonl"
     questions, auxiliary = session.questions(name), session.data[name].auxiliary
     header = _header(session, digest, name, questions) | ({"image_mode": images} if images else {})
-    options = session.score_options
+    options, others = session.score_options, unasked(session.data[name], session.settings, questions)
     asked = {field: header[field] for field in MUST_AGREE} | {
-        "references": _hash(references(TASKS[name].scorer, questions, auxiliary)), "scoring": dataclasses.asdict(options)}
+        "references": _hash([*references(TASKS[name].scorer, questions, auxiliary), *others]), "scoring": dataclasses.asdict(options)}
     known = finished_scores(path, answers, asked)
     if known is not None:
         return known, True
     began = time.monotonic()
     entries = _answers(session, state, header, task_id, questions, answers)
     texts = {index: row["text"] for index, row in entries.items()}
-    result = score_answers(TASKS[name].scorer, texts, questions, auxiliary, options)
+    result = score_answers(TASKS[name].scorer, texts, questions, auxiliary, options, others)
     result |= {
         "task": name, "asked": asked, "answers_sha256": sha256_of_file(answers) if session.chief else "",
         "gates": _mean_gates(entries), "seconds": time.monotonic() - began, "image_mode": header["image_mode"],

@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import importlib.resources
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 
 from proglora_jax.checkpoints.encoder_import import check_encoders
@@ -21,13 +22,14 @@ from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import Targets
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.images import ImageLoader, ImageSpec
+from proglora_jax.data.instruction_sets import REDUCED, find_set
 from proglora_jax.data.schema import Question
 from proglora_jax.data.synthetic.benchmark import write_benchmark
 from proglora_jax.data.tasks import ORDERS, TaskData, load_task, select_subset, task_order
 from proglora_jax.data.templates import get_template
 from proglora_jax.data.tokens import Encoder, Tokenizer, load_tokenizer
-from proglora_jax.evaluation.evaluator import references
-from proglora_jax.evaluation.scores import check_references
+from proglora_jax.evaluation.evaluator import references, unasked_references
+from proglora_jax.evaluation.scores import Reference, check_references
 from proglora_jax.evaluation.scores_rules import ScoreOptions
 from proglora_jax.methods.base import Method, Phase
 from proglora_jax.models.presets import PRESETS, LlavaConfig
@@ -240,7 +242,26 @@ def _read_records(files: Mapping[str, TaskData], settings: Settings) -> None:
         if settings.method.trains:
             _ = task.train
         asked = select_subset(task.questions, settings.evaluate.subset_of(task.task.name), settings.evaluate.subset_seed)
-        check_references(task.task.scorer, references(task.task.scorer, asked, task.auxiliary), score_options(settings))
+        known = references(task.task.scorer, asked, task.auxiliary)
+        others, count = unasked(task, settings, asked), len(asked)
+        check_references(task.task.scorer, [*known, *others], score_options(settings))
+        if others:
+            logging.warning("%s: its file asks %d of the %d questions of the test split; the others count as wrong, as in CoIN's script. "
+                            "config.evaluate.subset_size=%d leaves them out.", task.task.name, count, count + len(others), count)
+
+
+def unasked(data: TaskData, settings: Settings, questions: Sequence[Question]) -> list[Reference]:
+    """Questions of a task's test split that its file does not ask and that count as wrong; none where a part is asked on purpose.
+
+    Raises:
+        UserError: as `evaluator.unasked_references`.
+    """
+    name, evaluate = data.task.name, settings.evaluate
+    sets = (settings.data.instruction_set, data.made_from.get("from", "Original"))
+    on_purpose = evaluate.subset_of(name) or settings.data.benchmark == "embedded" or any(find_set(one) in REDUCED for one in sets)
+    if on_purpose or evaluate.scienceqa_rule == "proglora":
+        return []
+    return unasked_references(data.task.scorer, questions, data.auxiliary)
 
 
 def _load(source: Source, settings: Settings, mesh: Mesh) -> Any:

@@ -35,6 +35,23 @@ def references(scorer: str, questions: Sequence[Question], auxiliary: Mapping[st
     return [reference for reference in made if reference is not None]
 
 
+def unasked_references(scorer: str, questions: Sequence[Question], auxiliary: Mapping[str, Any]) -> list[scores.Reference]:
+    """References of the questions in ScienceQA's test split that were not asked; CoIN's script takes them for wrong. [] for other tasks.
+
+    Args: as for `references`.
+
+    Raises:
+        UserError: as `references`; "scienceqa references: pid_splits.json lists no pids of the split 'test'; download it again"
+    """
+    if scorer != "scienceqa":
+        return []
+    listed, asked = auxiliary.get("pid_splits", {}).get("test"), {question.id for question in questions}
+    if not isinstance(listed, list):
+        raise UserError("scienceqa references: pid_splits.json lists no pids of the split 'test'; download it again")
+    others = [pid for pid in dict.fromkeys(map(str, listed)) if pid not in asked]
+    return references(scorer, [Question(pid, "ScienceQA", None, "", "") for pid in others], auxiliary)
+
+
 def reference_problems(scorer: str, questions: Sequence[Question], auxiliary: Mapping[str, Any]) -> list[tuple[int, str]]:
     """Questions that could not be scored, as (index, reason): unknown to the auxiliary files, or without what the scorer needs.
 
@@ -67,7 +84,8 @@ def _made(scorer, questions, auxiliary) -> tuple[list[scores.Reference | None], 
 
 
 def score_answers(
-    scorer: str, answers: Mapping[int, str], questions: Sequence[Question], auxiliary: Mapping[str, Any], options: ScoreOptions
+    scorer: str, answers: Mapping[int, str], questions: Sequence[Question], auxiliary: Mapping[str, Any], options: ScoreOptions,
+    unasked: Sequence[scores.Reference] = (),
 ) -> dict[str, Any]:
     """Scores a task's answers in both modes.
 
@@ -77,9 +95,11 @@ def score_answers(
         questions: the questions.
         auxiliary: the task's auxiliary files.
         options: what the mode "coin" does.
+        unasked: questions that the mode "coin" takes for wrong though nobody asked them.
 
     Returns:
-        {"accuracy": {mode: percent}, "ceiling": {mode: percent}, "count", "unparsable", "empty", "missing", "correct": {mode: [..]}}.
+        {"accuracy": {mode: percent}, "ceiling": {mode: percent}, "count", "unparsable", "empty", "missing", "correct": {mode: [..]}};
+        count, empty and missing are those of "coin", "correct" has the questions alone.
 
     Raises:
         UserError: when a question has no answer: an evaluation must be complete before it is scored.
@@ -89,15 +109,18 @@ def score_answers(
         raise UserError(f"{scorer}: {len(missing)} question(s) have no answer, the first is {missing[0]}: finish the evaluation first")
     known = references(scorer, questions, auxiliary)
     predictions = [scores.Prediction(question.id, answers[index]) for index, question in enumerate(questions)]
-    results = scores.score_modes(scorer, predictions, known, options)
+    compared = {mode: [*known, *unasked] if mode == "coin" else known for mode in scores.MODES}
+    results = {mode: scores.score(scorer, predictions, compared[mode], mode, options) for mode in compared}
+    perfect = {mode: scores.ceiling(scorer, known, mode, options, unasked if mode == "coin" else ()) for mode in compared}
     headline = results["coin"]
     return {
         "accuracy": {mode: result.accuracy for mode, result in results.items()},
-        "ceiling": {mode: scores.ceiling(scorer, known, mode, options).accuracy for mode in results},
+        "ceiling": {mode: result.accuracy for mode, result in perfect.items()},
         "count": headline.total,
         "unparsable": {mode: result.unparsable for mode, result in results.items()},
         "empty": headline.empty,
-        "correct": {mode: list(result.correct) for mode, result in results.items()},
+        "missing": headline.missing,
+        "correct": {mode: list(result.correct[: len(questions)]) for mode, result in results.items()},
     }
 
 

@@ -222,7 +222,9 @@ def score_modes(
     return {mode: score(task, predictions, references, mode, options) for mode in MODES}
 
 
-def ceiling(task: str, references: Sequence[Reference], mode: str = "coin", options: ScoreOptions | None = None) -> ScoreResult:
+def ceiling(
+    task: str, references: Sequence[Reference], mode: str = "coin", options: ScoreOptions | None = None, unasked: Sequence[Reference] = ()
+) -> ScoreResult:
     """The score of the reference answers themselves: what a perfect model would get.
 
     Below 100 where a scorer spoils right answers (CoIN's box parser, OCR-VQA's "Unanswerable") or annotators disagree (TextVQA).
@@ -232,13 +234,14 @@ def ceiling(task: str, references: Sequence[Reference], mode: str = "coin", opti
         references: the questions; for TextVQA the most frequent processed answer is taken as the prediction.
         mode: "coin" or "clean".
         options: what the coin mode does.
+        unasked: further questions that nobody answers.
 
     Returns:
         As `score`; raises as it does.
     """
     origin = mode == "coin" and options is not None and options.grounding_rule == "minigpt"
     answers = [Prediction(str(r.question_id), _perfect_answer(task, r, origin)) for r in references]
-    return score(task, answers, references, mode, options)
+    return score(task, answers, [*references, *unasked], mode, options)
 
 
 def _perfect_answer(task: str, reference: Reference, origin: bool) -> str:

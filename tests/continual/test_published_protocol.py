@@ -39,6 +39,10 @@ SMALL = {
 def parts(here) -> dict[str, str]:  # noqa: F811
     """The benchmark's folder, and where the three parts of the model lie."""
     write_benchmark(str(here.root), train_size=4, test_size=2)
+    science = here.root / "cl_dataset" / "ScienceQA"  # a question of the test split that test.json does not ask
+    problems, splits = (json.loads((science / name).read_text()) for name in ("problems.json", "pid_splits.json"))
+    (science / "problems.json").write_text(json.dumps(problems | {"7": {"answer": 0, "choices": ["a", "b"]}}))
+    (science / "pid_splits.json").write_text(json.dumps(splits | {"test": [*splits["test"], "7"]}))
     return take_apart(here.model, here.folder / "parts") | {"data__root": str(here.root)}
 
 
@@ -94,10 +98,13 @@ def test_eight_tasks_from_vicuna_to_torch(here, parts, capsys):  # noqa: F811
 
 
 @pytest.mark.parametrize("templates", ["Diverse", "10Type"])
-def test_the_other_instruction_sets(here, parts, capsys, templates):  # noqa: F811
+def test_the_other_instruction_sets(here, parts, capsys, caplog, templates):  # noqa: F811
     workdir = run(here, parts, f"method=multi_task,templates={templates}")
     results = json.loads((workdir / "results.json").read_text())
     assert results["tasks"] == list(TASKS) and None not in results["scoring"]["clean"][0]
+    science = json.loads((workdir / "stages" / "00_multi_task" / "scores" / "ScienceQA.json").read_text())
+    assert (science["count"], science["missing"]) == (3, 1) and science["ceiling"] == {"coin": pytest.approx(200 / 3), "clean": 100.0}
+    assert "ScienceQA: its file asks 2 of the 3 questions of the test split; the others count as wrong" in caplog.text
     asked = read_answers(workdir / "stages" / "00_multi_task" / "answers" / "GQA.jsonl")
     questions = load_task(str(here.root), "GQA", templates).questions
     assert [asked[index]["prompt"] for index in range(2)] == [question.text for question in questions]

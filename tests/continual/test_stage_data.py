@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from proglora_jax.continual import similarity
 from proglora_jax.continual.answering import image_mode
 from proglora_jax.continual.similarity_encoders import open_encoders
 from proglora_jax.continual.probes import open_probe
-from proglora_jax.continual.session import open_session
+from proglora_jax.continual.session import open_session, unasked
 from proglora_jax.continual.stage_data import chosen_batches, numbered_batches, own_rows, stage_data
 from proglora_jax.continual.stages import plan_stages
 from proglora_jax.data import batch as codes
@@ -130,6 +131,21 @@ def test_chosen_rows_come_in_full_batches_with_their_places(session, last):
         assert batch["tokens"].shape[0] == 2
         seen |= {int(position): int(example) for position, example in zip(positions, batch["example"])}
     assert seen == dict(enumerate(numbers))
+
+
+def test_the_rest_of_a_test_split_counts_only_where_all_of_it_should_be_there(session):
+    data = session.data["ScienceQA"]
+    fewer = SimpleNamespace(task=data.task, questions=data.questions[:2], auxiliary=data.auxiliary, made_from={})
+    coin = dataclasses.replace(session.settings, data=dataclasses.replace(session.settings.data, benchmark="coin"))
+    count = lambda settings, part=fewer: len(unasked(part, settings, part.questions))
+    assert count(coin) == 4 and count(coin, data) == 0
+    assert count(session.settings) == 0, "the embedded benchmark"
+    for section, field, value in (("evaluate", "subset_size", 2), ("data", "instruction_set", "slim_0.3"),
+                                  ("evaluate", "scienceqa_rule", "proglora")):
+        changed = dataclasses.replace(getattr(coin, section), **{field: value})
+        assert count(dataclasses.replace(coin, **{section: changed})) == 0, field
+    fewer.made_from = {"from": "slim"}
+    assert count(coin) == 0
 
 
 def test_questions_are_seen_as_in_coin_or_as_in_training(session):

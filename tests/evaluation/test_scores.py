@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.schema import Question
 from proglora_jax.data.tasks import TASKS
+from proglora_jax.evaluation.evaluator import score_answers, unasked_references
 from proglora_jax.evaluation.scores import (
     SCORERS,
     Prediction,
@@ -224,6 +226,29 @@ def test_ceiling():
     spread = ("a",) + ("cat", "dog", "cow") * 3
     assert ceiling("textvqa", [Reference("1", answers=spread)]).accuracy == pytest.approx(90.0)
     assert ceiling("scienceqa", [Reference("1", "2", choices=3), Reference("2", "B", choices=3)]).accuracy == 100.0
+
+
+def test_scienceqas_denominator_is_the_whole_test_split():
+    """CoIN's script takes a question of the split without an answer for wrong; ProgLoRA's divides by the answers."""
+    problems = {str(pid): {"answer": pid % 2, "choices": ["x", "y"]} for pid in range(6)}
+    auxiliary = {"problems": problems, "pid_splits": {"test": ["1", "2", "3", 4], "val": ["5"]}}
+    questions = [Question(pid, "ScienceQA", None, "Which?", "") for pid in ("3", "2")]
+    unasked = unasked_references("scienceqa", questions, auxiliary)
+    assert [(reference.question_id, reference.answer) for reference in unasked] == [("1", "1"), ("4", "0")]
+    result = lambda unasked, **rules: score_answers("scienceqa", {0: "B", 1: "B"}, questions, auxiliary, ScoreOptions(**rules), unasked)
+    for rule, percent in (("coin", 25.0), ("llava", 25.0), ("proglora", 50.0)):
+        made = result(unasked, scienceqa_rule=rule)
+        assert made["accuracy"] == {"coin": percent, "clean": 50.0}
+        assert made["correct"] == {"coin": [1.0, 0.0], "clean": [1.0, 0.0]}
+        assert made["ceiling"] == {"coin": 100.0 if rule == "proglora" else 50.0, "clean": 100.0}
+        assert (made["count"], made["missing"]) == ((2, 2) if rule == "proglora" else (4, 2))
+    assert result(())["accuracy"]["coin"] == 50.0 and result(())["missing"] == 0
+    assert unasked_references("imagenet", questions, {}) == []
+    with pytest.raises(UserError, match="question 9: its id is not in problems.json"):
+        unasked_references("scienceqa", questions, auxiliary | {"pid_splits": {"test": ["2", "9"]}})
+    for splits in ({}, {"test": "1"}, {"test": 3}):
+        with pytest.raises(UserError, match="scienceqa references: pid_splits.json lists no pids of the split 'test'; download it again"):
+            unasked_references("scienceqa", questions, auxiliary | {"pid_splits": splits})
 
 
 def test_errors():
