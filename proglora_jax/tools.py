@@ -252,7 +252,7 @@ def _add_convert(verbs) -> None:
     way.add_argument("--stage", help="number as in the stage's folder, or the task's name; default: the last one that is trained")
     way.add_argument("--task", help="whose fused block, for methods that fuse by task; default: the stage's own")
     way.add_argument("--block", type=int, help="one block as it was trained, without gates, counted from 0 (adapter only)")
-    way.add_argument("--base", help="folder of the backbone, where it is not where the run found it")
+    _add_places(way)
     way.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of merged weights; default: the backbone's formats")
     way.add_argument("--verify", action=argparse.BooleanOptionalAction, default=None,
                      help="reload it with torch (and peft) in f32 and compare with our model before it is done; default: where torch is")
@@ -262,22 +262,15 @@ def _add_convert(verbs) -> None:
 
 
 def _to_hf(arguments) -> None:
-    from proglora_jax.continual.export import export_adapter, export_merged
-    from proglora_jax.continual.export_gates import export_dynamic
+    from proglora_jax.continual.export_command import export_command
 
-    places = {name: getattr(arguments, name) for name in ("stage", "base", "verify", "tolerance")}
-    if arguments.block is not None and arguments.kind != "adapter":
-        raise UserError("--block: a block alone is an adapter, not a model; use --kind adapter")
-    if arguments.dtype is not None and arguments.kind != "merged":
-        raise UserError("--dtype: adapters are written in float32, as they were trained; use it with --kind merged")
-    if arguments.kind == "merged":
-        export_merged(arguments.workdir, arguments.out, task=arguments.task, dtype=arguments.dtype, **places)
-    elif arguments.kind == "dynamic":
-        if arguments.task is not None:
-            raise UserError("--task: with --kind dynamic the prompt chooses among the blocks of all tasks; leave it out")
-        export_dynamic(arguments.workdir, arguments.out, **places)
-    else:
-        export_adapter(arguments.workdir, arguments.out, task=arguments.task, block=arguments.block, **places)
+    export_command(arguments)
+
+
+def _add_places(parser) -> None:
+    parser.add_argument("--base", help="folder of the backbone, where it is not where the run found it")
+    parser.add_argument("--vision", help="folder of its CLIP, for a backbone in the layout of original LLaVA that has moved")
+    parser.add_argument("--projector", help="its projector's file or folder; as --vision")
 
 
 def _from_hf(arguments) -> None:
@@ -296,7 +289,7 @@ def _add_predict(verbs) -> None:
     parser.add_argument("--instruction", default="", metavar="TASK", help="put the instruction of this task to the question")
     parser.add_argument("--stage", help="number as in the stage's folder, or the task's name; default: the last one that is trained")
     parser.add_argument("--task", help="whose block answers, for methods that are told; default: the stage's own")
-    parser.add_argument("--base", help="folder of the backbone, where it is not where the run found it")
+    _add_places(parser)
     parser.add_argument("--image-mode", choices=("pad", "crop"), default="pad", help="pad to a square as in training, or crop its centre")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="cap on an answer; default: as in the run's evaluation")
     parser.add_argument("--json", action="store_true", help="one line of JSON per question instead of text")

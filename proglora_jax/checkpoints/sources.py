@@ -123,7 +123,7 @@ def find_source(folder: Path, vision_folder: Path | None = None, projector_file:
     if original and not any(name.startswith("multi_modal_projector.") for name in tensors):
         raise UserError(
             f"{folder}: holds no projector; give the one of LLaVA's first stage ({PROJECTORS[0]}): config.model.projector_path in a run, "
-            "--projector in tools convert"
+            "--projector in the tools"
         )
     rows = config.text_config.vocab_size
     grown = _with_image_row(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,8 @@ from proglora_jax.checkpoints.hf_convert import check_free, whole_folder, write_
 from proglora_jax.checkpoints.integrity import atomic_write_json
 from proglora_jax.checkpoints.merge import Merge
 from proglora_jax.checkpoints.peft_export import save_adapter, trim_ranks
+from proglora_jax.checkpoints.sources import is_original
+from proglora_jax.checkpoints.weight_files import CONFIG, read_fields
 from proglora_jax.continual import torch_check
 from proglora_jax.continual.session import model_folder
 from proglora_jax.continual.trained import Trained, open_trained
@@ -32,6 +34,8 @@ def export_adapter(
     task: str | None = None,
     block: int | None = None,
     base: str | None = None,
+    vision: str | None = None,
+    projector: str | None = None,
     verify: bool | None = None,
     tolerance: float = torch_check.TOLERANCE,
     log: Callable[[str], None] = print,
@@ -48,6 +52,8 @@ def export_adapter(
         task: whose fused block, for methods that fuse by task; None takes the stage's own.
         block: one block instead, as it was trained: with the method's rank and alpha, and without any gate.
         base: folder of the backbone, where it is not where the run found it.
+        vision: folder of its CLIP, see `trained.Trained.backbone`.
+        projector: file of its projector, see there.
         verify: reload it with torch, transformers and peft, and compare logits before the folder gets its name; None does so where
             they are installed and the memory is there, and says so where they are not.
         tolerance: how far a logit may be from ours.
@@ -55,11 +61,12 @@ def export_adapter(
 
     Raises:
         UserError: as `trained.open_trained`; "<stage>: <reason why it cannot be folded>; ..."; "<stage>: <method> has no block ...";
-            "<out>: is not empty ..."; as `torch_check.compare`.
+            "<out>: is not empty ..."; "<backbone>: transformers does not read the layout of original LLaVA; ..."; as `torch_check.compare`.
     """
     torch_check.check_tolerance(tolerance)
     check_free(out)
     trained = open_trained(workdir, stage)
+    named = _readable(base or trained.model["path"])
     method, id_ = trained.method, trained.asked_task(task)
     if block is not None and task is not None:
         raise UserError("--block exports a block as it is, --task a fused one; give one of them")
@@ -75,15 +82,13 @@ def export_adapter(
     else:
         adapter = trim_ranks(adapter, method.rank)
         alpha = next(iter(adapter.values()))["a"].shape[-1]
-    projector = jax.tree.map(np.asarray, trained.state.params["mm_projector"])
-    named = base or trained.model["path"]
-    named = model_folder(named) if named == "embedded" else named
+    own = jax.tree.map(np.asarray, trained.state.params["mm_projector"])
     with whole_folder(out) as partial:
-        save_adapter(partial, adapter, alpha, projector, base=named, dropout=method.dropout)
+        save_adapter(partial, adapter, alpha, own, base=named, dropout=method.dropout)
         atomic_write_json(partial / RECORD, record(trained, kind="adapter", task=_named(trained, id_, block), block=block))
         rank = next(iter(adapter.values()))["a"].shape[-1]
         log(f"{method.name}, stage {trained.folder.name}: {_what(trained, id_, block)} as a PEFT adapter of rank {rank}, alpha {alpha:g}")
-        log(torch_check.checked(verify, lambda: _compare(trained, base, partial, id_, block, tolerance, log)))
+        log(torch_check.checked(verify, lambda: _compare(trained, (base, vision, projector), partial, id_, block, tolerance, log)))
     log(f"wrote {out}")
 
 
@@ -94,6 +99,8 @@ def export_merged(
     stage: str | None = None,
     task: str | None = None,
     base: str | None = None,
+    vision: str | None = None,
+    projector: str | None = None,
     dtype: Any = None,
     verify: bool | None = None,
     tolerance: float = torch_check.TOLERANCE,
@@ -107,6 +114,8 @@ def export_merged(
         stage: as for `export_adapter`.
         task: as for `export_adapter`.
         base: as for `export_adapter`.
+        vision: as for `export_adapter`.
+        projector: as for `export_adapter`.
         dtype: of the weights; None keeps the formats of the backbone's files.
         verify: as for `export_adapter`, without peft.
         tolerance: as for `export_adapter`; in half precision it holds before the cast, whose own difference is reported.
@@ -123,7 +132,7 @@ def export_merged(
     trained = open_trained(workdir, stage)
     id_ = trained.asked_task(task)
     adapter = _folded(trained, id_)
-    source, warning = trained.backbone(base)
+    source, warning = trained.backbone(base, vision, projector)
     say(log, warning)
     merge = Merge(trim_ranks(adapter, 0) if adapter else {}, jax.tree.map(np.asarray, trained.state.params["mm_projector"]))
     again = Merge(merge.adapter, merge.projector)  # for the comparison; what it sums up is not the export's
@@ -139,15 +148,24 @@ def export_merged(
     return merge
 
 
+def _readable(base: str) -> str:
+    """The folder that an adapter is put on, refused in the layout of original LLaVA: PEFT would find no layer there. It may have moved."""
+    folder = model_folder(base) if base == "embedded" else base
+    if (pathlib.Path(folder) / CONFIG).exists() and is_original(read_fields(folder)):
+        raise torch_check.unreadable(folder)
+    return folder
+
+
 def _compare(
-    trained: Trained, base: str | None, folder: pathlib.Path, task: int, block: int | None, tolerance: float, log: Callable[[str], None]
+    trained: Trained, places: Sequence[str | None], folder: pathlib.Path, task: int, block: int | None, tolerance: float,
+    log: Callable[[str], None],
 ) -> str:
     """`torch_check.compare_adapter`; an adapter is written without the backbone, so that one that has moved is a reason, no error."""
     torch_check.modules("torch", "peft")
     try:
-        source, warning = trained.backbone(base)
+        source, warning = trained.backbone(*places)
     except UserError as error:
-        if base is not None:
+        if any(places):
             raise
         raise torch_check.CannotCompare(str(error)) from error
     say(log, warning)

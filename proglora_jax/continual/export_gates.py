@@ -63,6 +63,8 @@ def export_dynamic(
     *,
     stage: str | None = None,
     base: str | None = None,
+    vision: str | None = None,
+    projector: str | None = None,
     verify: bool | None = None,
     tolerance: float = torch_check.TOLERANCE,
     log: Callable[[str], None] = print,
@@ -74,6 +76,8 @@ def export_dynamic(
         out: folder to write; must be absent or empty.
         stage: see `trained.open_trained`.
         base: folder of the backbone, where it is not where the run found it.
+        vision: see `export.export_adapter`.
+        projector: see there.
         verify: see `export.export_adapter`; gates, logits and generated tokens are compared.
         tolerance: see there.
         log: takes a line of text.
@@ -89,7 +93,7 @@ def export_dynamic(
         routing = trained.method.routing(trained.state)
     except ValueError as error:
         raise UserError(f"{trained.folder}: {error}; {_instead(trained)}") from error
-    source, warning = trained.backbone(base)
+    source, warning = trained.backbone(base, vision, projector)
     say(log, warning)
     torch_check.check_readable(source)
     with whole_folder(out) as partial:

@@ -272,7 +272,7 @@ def answer_command(arguments: Any) -> None:
     trained = open_trained(arguments.workdir, arguments.stage)
     task = trained.asked_task(arguments.task)
     questions = make_questions(asked, arguments.instruction, trained.config["data"].get("instruction_set", "Original"))
-    source, warning = trained.backbone(arguments.base)
+    source, warning = trained.backbone(arguments.base, arguments.vision, arguments.projector)
     if warning:
         print(warning, file=sys.stderr)
     if not arguments.json:

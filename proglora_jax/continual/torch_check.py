@@ -145,13 +145,18 @@ def check_readable(source: Source) -> None:
     """Refuses a backbone that transformers does not read.
 
     Raises:
-        CannotCompare: "<backbone>: transformers does not read the layout of original LLaVA; ..."
+        CannotCompare: as `unreadable`.
     """
     if source.original:
-        raise CannotCompare(
-            f"{source.folder}: transformers does not read the layout of original LLaVA; convert it first (tools convert from-hf) and name "
-            "the new folder with --base"
-        )
+        raise unreadable(source.folder)
+
+
+def unreadable(folder: str | pathlib.Path) -> CannotCompare:
+    """"<folder>: transformers does not read the layout of original LLaVA; ..."."""
+    return CannotCompare(
+        f"{folder}: transformers does not read the layout of original LLaVA; convert it first (tools convert from-hf, with the --vision "
+        "and --projector that belong to it) and name the new folder with --base"
+    )
 
 
 def check_memory(source: Source) -> None:

@@ -76,29 +76,30 @@ class Trained:
             raise UserError(f"--task {name}: {self.method.name} does not know tasks, its adapter serves all of them; leave --task out")
         return self.task_id(name)
 
-    def backbone(self, base: str | None = None) -> tuple[Source, str]:
+    def backbone(self, base: str | None = None, vision: str | None = None, projector: str | None = None) -> tuple[Source, str]:
         """The model that the stage was trained on, and a warning ("" for none).
 
         Args:
             base: where it lies now; None takes the places that the run's config names.
+            vision: where its CLIP lies now, if it is of original LLaVA; with `base`, None stands for no CLIP apart.
+            projector: where its projector lies now; as `vision`.
 
         Raises:
             UserError: "<folder>: is not the backbone that <stage> was trained on ..."; as `sources.find_source`.
         """
-        model = self.model
-        if base is not None:
-            source = find_source(model_folder(base))
-        else:
-            source = find_source(model_folder(model["path"]), model.get("vision_path") or None, model.get("projector_path") or None)
+        model, as_then = self.model, base is vision is projector is None
+        if base is None:
+            vision, projector = vision or model.get("vision_path") or None, projector or model.get("projector_path") or None
+        source = find_source(model_folder(base or model["path"]), vision, projector)
         found, wanted = source.fingerprint(), self.meta["backbone"]
         if found == wanted:
             return source, ""
-        if base is None:
+        if as_then:
             raise UserError(
                 f"{source.folder}: is not the backbone that {self.folder} was trained on (hash {found[:12]}, then {wanted[:12]}); put that "
-                "model back, or name with --base where it is"
+                "model back, or name with --base (and --vision, --projector) where it is"
             )
-        return source, f"warning: the files in {base} are not those of the run; right only if it is the same model, converted"
+        return source, f"warning: the files in {source.folder} are not those of the run; right only if it is the same model, converted"
 
 
 def open_trained(workdir: str | Path, stage: str | None = None) -> Trained:

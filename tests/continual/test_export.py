@@ -418,10 +418,14 @@ def test_from_the_original_layout(world, tmp_path, capsys):
     (workdir / "config.json").write_text(json.dumps(config))
     said = exported(export_merged, workdir, tmp_path / "merged", verify=True)
     assert difference(said) < 1e-4 and find_source(tmp_path / "merged").protocol == "vicuna_projector_custom+lora"
-    reason = "transformers does not read the layout of original LLaVA; convert it first"
+    reason = ("vicuna: transformers does not read the layout of original LLaVA; convert it first .tools convert from-hf, with the "
+              "--vision and --projector that belong to it. and name the new folder with --base")
+    for verify in (True, None, False):  # PEFT would find no layer to put it on
+        with pytest.raises(UserError, match=reason):
+            export_adapter(workdir, tmp_path / "adapter", verify=verify)
     with pytest.raises(UserError, match=reason):
-        exported(export_adapter, workdir, tmp_path / "adapter", verify=True)
-    assert re.search(f"NOT verified: .*{reason}", exported(export_adapter, workdir, tmp_path / "unverified", verify=None))
+        export_adapter(workdir, tmp_path / "adapter", base=path, vision=vision, projector=projector)
+    assert not (tmp_path / "adapter").exists()
     assert tools.main(["convert", "from-hf", path, "--vision", vision, "--projector", projector, "--out", str(tmp_path / "clean")]) == 0
     arguments = ["--out", str(tmp_path / "adapter"), "--base", str(tmp_path / "clean")]
     assert tools.main(["convert", "to-hf", str(workdir), *arguments]) == 0
@@ -429,3 +433,17 @@ def test_from_the_original_layout(world, tmp_path, capsys):
     assert "warning: the files in" in said and difference(said) < 1e-4
     fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert fields["base_model_name_or_path"] == str(tmp_path / "clean")
+
+    # all three moved: the same backbone where they are now
+    (tmp_path / "parts").rename(tmp_path / "moved")
+    path, vision, projector = (place.replace("parts", "moved") for place in (path, vision, projector))
+    with pytest.raises(UserError, match="parts/vicuna: no such folder"):
+        open_trained(workdir).backbone()
+    assert open_trained(workdir).backbone(path, vision, projector)[1] == ""
+    places = ["--base", path, "--vision", vision]
+    for command in (["convert", "to-hf", str(workdir), "--kind", "merged", "--out", str(tmp_path / "again")],
+                    ["predict", str(workdir), "--question", "a"]):
+        assert tools.main([*command, *places]) == 1
+        assert "config.model.projector_path in a run, --projector in the tools" in capsys.readouterr().err
+    command = ["convert", "to-hf", str(workdir), "--kind", "merged", "--no-verify", "--out", str(tmp_path / "again")]
+    assert tools.main([*command, *places, "--projector", projector]) == 0 and "warning" not in capsys.readouterr().out
