@@ -174,7 +174,7 @@ def _fields(trained: Trained, routing: Way, source: Source) -> dict[str, Any]:
         "blocks": [{"folder": "" if block.layers == () else folder, "name": name} for name, (folder, block) in zip(names, blocks.items())],
         "columns": columns, "shared": [SHARED] if routing.shared else [], "routing": routing.settings(),
         "template": {"name": template.name, "system": template.system, "user": template.user, "assistant": template.assistant},
-        "image": {"size": images.size, "mean": list(images.mean), "std": list(images.std)},
+        "image": {"size": images.size, "mean": list(images.mean), "std": list(images.std), "resample": images.resample},
         "image_tokens": encoder.image_tokens, "image_token_id": tokenizer.image_token_id, "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id, "unk_token_id": tokenizer.unk_id,
         "special_ids": list(tokenizer.special_ids), "tokenizer_size": tokenizer.size,

@@ -41,6 +41,18 @@ def pictures(folder) -> list[str]:
     return paths
 
 
+def odd_pictures(folder) -> list[str]:
+    """16-bit grey, palette with transparency, and two files that are cut off."""
+    rng, paths = np.random.default_rng(4), [str(folder / name) for name in ("grey16.png", "palette.gif", "cut.jpg", "cut.png")]
+    Image.fromarray(rng.integers(0, 65536, (40, 30)).astype(np.uint16)).save(paths[0])
+    Image.fromarray(rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)).quantize(16).save(paths[1], transparency=0)
+    for path in paths[2:]:
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+        with open(path, "rb+") as file:
+            file.truncate(len(file.read()) // 2)
+    return paths
+
+
 def test_the_same_ids_masks_gates_and_answers(world, tmp_path, capsys):
     workdir, (first, second, third) = world.run("proglora_dynamic"), pictures(tmp_path)
     assert tools.main(["convert", "to-hf", str(workdir), "--kind", "dynamic", "--no-verify", "--out", str(tmp_path / "out")]) == 0
@@ -68,9 +80,14 @@ def test_the_same_ids_masks_gates_and_answers(world, tmp_path, capsys):
     assert alone == [answer.answer for answer in ours[:2]]
     cropped = [answer.answer for answer in predictor(questions, 0, max_new_tokens=6, image_mode="crop")]
     assert model.answer(*map(list, zip(*asked)), max_new_tokens=6, image_mode="crop") == cropped
-    loader = ImageLoader(predictor.images, "crop")
-    pixels = [loader(path).transpose(2, 0, 1) for path in (first, second, third)]
-    np.testing.assert_allclose(model.prompts(["?"] * 3, [first, second, third], "crop")["pixel_values"], pixels, atol=1e-5, rtol=0)
+    paths = [first, second, third, *odd_pictures(tmp_path)]
+    for filter, mode in ((3, "crop"), (3, "pad"), (2, "pad")):  # bicubic, bilinear
+        assert filter == 2 or model.fields["image"]["resample"] == predictor.images.resample == filter
+        model.fields["image"]["resample"] = filter
+        loader = ImageLoader(dataclasses.replace(predictor.images, resample=filter), mode)
+        pixels = [loader(path).transpose(2, 0, 1) for path in paths]
+        np.testing.assert_allclose(model.prompts(["?"] * len(paths), paths, mode)["pixel_values"], pixels, atol=1e-5, rtol=0)
+    assert len(loader.cut) == 2
     with pytest.raises(ValueError, match="image_mode='fit': choose 'pad' or 'crop'"):
         model.prompts(["?"], [first], "fit")
     made = model.generate(**batch, max_new_tokens=3, num_beams=2)

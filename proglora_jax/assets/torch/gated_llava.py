@@ -26,9 +26,21 @@ import numpy as np
 import torch
 import transformers
 from gated_routers import ROUTERS, Prompt, Router
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors.torch import load_file
 from torch.nn import functional
+
+
+def rgb(image: Image.Image | str | pathlib.Path) -> Image.Image:
+    """An image in RGB: of 16-bit grey the high byte, of a file that is cut off what can be decoded, as in training."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+    try:
+        image = image if isinstance(image, Image.Image) else Image.open(image)
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            image = Image.fromarray((np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 class GatedLinear(torch.nn.Module):
@@ -195,7 +207,7 @@ class GatedLlava(torch.nn.Module):
     def _pixels(self, image: Image.Image | str | pathlib.Path, mode: str) -> torch.Tensor:
         """f32[3, H, W]: padded to a square of the mean colour and resized, or resized by the shorter edge and cropped; normalised."""
         how, size = self.fields["image"], self.fields["image"]["size"]
-        image = (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")
+        image = rgb(image)
         if mode == "pad":
             side = max(image.size)
             square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in how["mean"]))
@@ -204,7 +216,7 @@ class GatedLlava(torch.nn.Module):
         short = min(image.size)
         width, height = (size if edge == short else int(size * edge / short) for edge in image.size)
         left, top = (width - size) // 2, (height - size) // 2
-        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        image = image.resize((width, height), how["resample"]).crop((left, top, left + size, top + size))
         values = torch.from_numpy(np.array(image)).float() / 255
         return ((values - torch.tensor(how["mean"])) / torch.tensor(how["std"])).permute(2, 0, 1)
 
