@@ -291,7 +291,8 @@ def _add_predict(verbs) -> None:
     parser.add_argument("--task", help="whose block answers, for methods that are told; default: the stage's own")
     _add_places(parser)
     parser.add_argument("--image-mode", choices=("pad", "crop"), default="pad", help="pad to a square as in training, or crop its centre")
-    parser.add_argument("--max-new-tokens", type=int, default=0, help="cap on an answer; default: as in the run's evaluation")
+    parser.add_argument("--max-new-tokens", type=int, default=0,
+                        help="cap on an answer; default: config.evaluate.max_new_tokens of the run, or 128 where that is left to the task")
     parser.add_argument("--json", action="store_true", help="one line of JSON per question instead of text")
 
 

@@ -28,7 +28,7 @@ from proglora_jax.models.layers import Settings as ModelOptions
 from proglora_jax.training.attention_choice import attention_for
 from proglora_jax.training.step import make_generator
 
-LONGEST_ANSWER = 128  # tokens, where neither the caller nor the run nor its task says
+LONGEST_ANSWER = 128  # tokens, where neither the caller nor the run's config says; CoIN's scripts allow some tasks 1024
 ROWS = 8  # questions at once
 BAR = 24  # characters of a gate of 1
 
@@ -92,14 +92,14 @@ class Predictor:
         Args:
             questions: what is asked.
             task: id of the task, for methods that want to know it.
-            max_new_tokens: cap on an answer; 0 takes the run's.
+            max_new_tokens: cap on an answer; 0 takes the one in the run's config, or 128 where it leaves that to the task.
             image_mode: "pad" or "crop", see `data.images`.
 
         Raises:
             UserError: for an image that cannot be read.
         """
         tokenizer, ways = self.encoder.tokenizer, meshes.batch_ways(self.mesh)
-        cap = max_new_tokens or self.trained.config["evaluate"]["max_new_tokens"] or self._longest()
+        cap = max_new_tokens or self.trained.config["evaluate"]["max_new_tokens"] or LONGEST_ANSWER
         generate = make_generator(self.trained.method, self.mesh, cap, tokenizer.eos_id, tokenizer.pad_id, tokenizer.size)
         rows = -(-min(ROWS, len(questions)) // ways) * ways
         loader = ImageLoader(self.images, image_mode, advice="give another file")
@@ -130,10 +130,6 @@ class Predictor:
         unit = "block" if method.blocks_are_tasks else method.gate_unit  # an expert, a branch
         names = self.trained.tasks() if by_task else [f"{unit} {index}" for index in range(len(gates))]
         return {name: float(gate) for name, gate in zip(names, gates)}
-
-    def _longest(self) -> int:
-        task = self.trained.meta["task"]
-        return min(TASKS[task].max_new_tokens, LONGEST_ANSWER) if task in TASKS else LONGEST_ANSWER
 
 
 def prompting(trained: Trained, source: Source) -> tuple[Encoder, ImageSpec]:
