@@ -8,6 +8,7 @@ import tracemalloc
 
 import chex
 import jax.numpy as jnp
+import llama_pieces
 import numpy as np
 import pytest
 import tiny_hf
@@ -23,6 +24,7 @@ from proglora_jax.checkpoints.hf_convert import convert_from_hf, whole_folder
 from proglora_jax.checkpoints.hf_import import load_llava, load_source
 from proglora_jax.checkpoints.shards import Entry, write_file
 from proglora_jax.checkpoints.sources import _protocol, disk_names, find_source, read_config
+from proglora_jax.checkpoints.weight_files import read_fields
 from proglora_jax.core import mesh as meshes
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.images import ImageSpec
@@ -284,7 +286,8 @@ def test_the_clean_folder_is_loaded_by_transformers(world, tmp_path, rng, capsys
     assert "out: is not empty; choose another folder or remove it" in capsys.readouterr().err
 
 
-def test_a_language_models_tokenizer_gets_image_and_pad(world, tmp_path):
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model"])
+def test_a_language_models_tokenizer_gets_image_and_pad(world, tmp_path, kind):
     root, _ = world
     folder = tmp_path / "vicuna"
     folder.mkdir()
@@ -294,6 +297,10 @@ def test_a_language_models_tokenizer_gets_image_and_pad(world, tmp_path):
     plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(folder)
+    if kind == "tokenizer.model":  # as Vicuna v1.5 is published
+        shutil.rmtree(folder)
+        plain = llama_pieces.save_model(folder)
+        words = [plain.id_to_piece(index) for index in range(plain.vocab_size())]
     rows = len(words)
     fields = json.loads((root / "vicuna" / "config.json").read_text()) | {"vocab_size": rows}
     (folder / "config.json").write_text(json.dumps(fields))
@@ -308,6 +315,10 @@ def test_a_language_models_tokenizer_gets_image_and_pad(world, tmp_path):
     tokenizer = load_tokenizer(str(tmp_path / "out"), config.text_config.vocab_size)
     assert (tokenizer.image_token_id, tokenizer.pad_id, config.image_token_id, config.pad_token_id) == (rows, rows + 1, rows, rows + 1)
     assert config.text_config.vocab_size % 64 == 0 and tokenizer.size == rows + 2
+    convert_from_hf(folder, tmp_path / "theirs", **apart(root), style="original", log=lambda line: None)
+    assert read_fields(tmp_path / "theirs")["model_type"] == "llava_llama" and find_source(tmp_path / "theirs").config == config
+    beside = load_tokenizer(str(tmp_path / "theirs"), config.text_config.vocab_size, add_image_token=True)
+    assert beside.fingerprint == tokenizer.fingerprint
     on_the_fly = load_tokenizer(str(folder), add_image_token=True)
     assert on_the_fly.encode(words[-1]) == tokenizer.encode(words[-1]) and on_the_fly.image_token_id == rows
     (folder / "config.json").write_text(json.dumps(fields | {"vocab_size": rows + 1}))

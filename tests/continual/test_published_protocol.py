@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
+import transformers
 from PIL import Image
 from test_original_layout import take_apart
 from tiny_run import here  # noqa: F401 (a fixture)
@@ -16,7 +17,7 @@ from tiny_run import here  # noqa: F401 (a fixture)
 from proglora_jax import main, tools
 from proglora_jax.continual import stage_data
 from proglora_jax.continual.answering import read_answers
-from proglora_jax.continual.predict import Predictor
+from proglora_jax.continual.predict import Predictor, prompting
 from proglora_jax.continual.torch_check_gates import load_module
 from proglora_jax.continual.trained import open_trained
 from proglora_jax.data.images import ImageLoader
@@ -113,6 +114,23 @@ def test_the_other_instruction_sets(here, parts, capsys, caplog, templates):  # 
     assert tools.main(["convert", "to-hf", str(workdir), "--kind", "merged", "--out", str(out)]) == 0
     assert "reloaded in torch: logits differ by" in capsys.readouterr().out
 
+    # all eight tasks' answers by transformers alone, from the merged folder and the ids and pixels that the run used
+    trained = open_trained(workdir)
+    encoder, spec = prompting(trained, trained.backbone()[0])
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
+    unused = list(range(encoder.tokenizer.size, model.config.text_config.vocab_size)) or None
+    for task in TASKS:
+        questions = load_task(str(here.root), task, templates).questions
+        asked = read_answers(workdir / "stages" / "00_multi_task" / "answers" / f"{task}.jsonl")
+        for index, (question, item) in enumerate(zip(questions, encoder.encode_questions(questions), strict=True)):
+            ids, loader = torch.tensor(item.tokens[None]).long(), ImageLoader(spec, "pad")
+            shown = {"pixel_values": torch.tensor(loader(question.image).transpose(2, 0, 1)[None])} if question.image else {}
+            with torch.no_grad():
+                made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False,
+                                      suppress_tokens=unused, eos_token_id=encoder.tokenizer.eos_id, pad_token_id=encoder.tokenizer.pad_id,
+                                      **shown)
+            assert encoder.tokenizer.decode(made[0, ids.shape[1]:].tolist()).strip() == asked[index]["text"], (task, index)
+
 
 @pytest.mark.parametrize("templates", ["Diverse", "10Type"])
 def test_a_sequence_with_another_instruction_set_and_images_as_coin_prepares_them(here, parts, monkeypatch, templates):  # noqa: F811
@@ -152,13 +170,15 @@ def test_a_sequence_with_another_instruction_set_and_images_as_coin_prepares_the
         found = predictor(mine.questions, 0, image_mode=mode)
         assert [answer.answer for answer in found] == [answers[index]["text"] for index in range(2)]
 
-    # the same answers in torch, for the task whose images are padded, as the exported module prepares them
+    # the same answers in torch, the images prepared by the exported module
     clean, out = here.folder / f"clean_{templates}", here.folder / f"exported_{templates}"
     places = ["--vision", parts["model__vision_path"], "--projector", parts["model__projector_path"], "--out", str(clean)]
     assert tools.main(["convert", "from-hf", parts["model__path"], *places]) == 0
     torch.set_num_threads(1)
     assert tools.main(["convert", "to-hf", str(workdir), "--kind", "dynamic", "--base", str(clean), "--out", str(out)]) == 0
-    model, questions = load_module(out / "gated_llava.py").GatedLlava.load(str(out)), load_task(str(here.root), "GQA", templates).questions
-    asked = read_answers(workdir / "stages" / "02_grounding" / "answers" / "GQA.jsonl")
-    found = model.answer([question.text for question in questions], [question.image for question in questions], 4)
-    assert found == [asked[index]["text"] for index in range(len(questions))]
+    model = load_module(out / "gated_llava.py").GatedLlava.load(str(out))
+    for task, mode in zip(tasks, ("crop", "pad", "crop")):
+        questions = load_task(str(here.root), task, templates).questions
+        asked = read_answers(workdir / "stages" / "02_grounding" / "answers" / f"{task}.jsonl")
+        found = model.answer([question.text for question in questions], [question.image for question in questions], 4, mode)
+        assert found == [asked[index]["text"] for index in range(len(questions))], task

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import llama_pieces
 import numpy as np
 import pytest
 from data_fixtures import save_tokenizer
@@ -220,6 +221,23 @@ def test_prefix_that_changes_is_refused(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="the tokens of 'ASSISTANT:' change with the answer"):
         encode_example(example(("Q", "A")), load_tokenizer(str(tmp_path)), VICUNA, 1, 64)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llava_llama"])
+@pytest.mark.parametrize("named", [True, False], ids=["class", "no class"])
+def test_a_folder_with_tokenizer_model_alone_gives_sentencepieces_ids(tmp_path, kind, named):
+    """Vicuna v1.5 as published, and original LLaVA's config.json beside it, a type that transformers does not know."""
+    oracle = llama_pieces.save_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "vocab_size": oracle.vocab_size()}))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings = {name: value for name, value in settings.items() if named or name != "tokenizer_class"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(str(tmp_path), 448, add_image_token=True)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (1, 2, 0) and oracle.vocab_size() == 400
+    assert (tokenizer.image_token_id, tokenizer.pad_id, tokenizer.size) == (400, 401, 402)
+    for text in (*(answer for answer in ANSWERS if answer != " lead"), *QUESTIONS[3:], "\n12 cats", VICUNA.system + " USER: "):
+        assert tokenizer.encode(text) == oracle.encode(text), text
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_decoding_and_fingerprint(always, tmp_path):

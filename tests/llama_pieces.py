@@ -6,8 +6,11 @@ where pieces begin and end follows from the same rules (byte pairs, a mark for a
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
+
+import sentencepiece
 
 # The golden prompt's pieces, the role tags, answers and the digits of a box; "▁" is the mark for a blank.
 PIECES = {
@@ -55,3 +58,21 @@ def save(folder: pathlib.Path, *, legacy: bool) -> str:
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
     return str(folder)
+
+
+def save_model(folder: pathlib.Path) -> sentencepiece.SentencePieceProcessor:
+    """Writes tokenizer.model of a small vocabulary, made as LLaMA's was, with the settings beside it that Vicuna v1.5 is published with."""
+    text = ["".join(PIECES.values()).replace("▁", " "), "What is the object in the image? Answer the question in one word or phrase."]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 3), model_writer=model, vocab_size=400, model_type="bpe", byte_fallback=True, split_digits=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, pad_id=-1, character_coverage=1.0, hard_vocab_limit=False,
+        minloglevel=2)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    special = {name: {"__type": "AddedToken", "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+               for name, token in (("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>"))}
+    fields = {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False, "legacy": False, "pad_token": None,
+              "model_max_length": 4096, "padding_side": "right", "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields | special), encoding="utf-8")
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
