@@ -27,7 +27,7 @@ def questions(tmp_path, root, *records):
 
 
 @pytest.mark.parametrize("answer", ["[0.1, 0.2, 0.3]", "[0.1, NaN, 0.3, 0.4]", "It is at [0.1, 0.2, 30, 0.4].", "[0.1,0.2,0.3,-inf]",
-                                    "0.1, nan, 0.2, 0.3", "0.1, 0.2, 0.3", "on the left"])
+                                    "0.1, nan, 0.2, 0.3", "0.1, 0.2, 0.3", "(0.1, 0.2, 0.3, 3)"])
 def test_answers_that_teach_a_box_that_is_none(tmp_path, root, answer):
     path = write_json(str(tmp_path / "train.json"), [{"id": 4, "conversations": conversation(("Q1", "[0, 0, 0.5, 1]"), ("Q2", answer))}])
     (example,), left_out = read_examples(path, "GQA", root)  # of a task whose answers are no boxes
@@ -36,6 +36,13 @@ def test_answers_that_teach_a_box_that_is_none(tmp_path, root, answer):
         read_examples(path, "Grounding", root, boxes=True)
     with pytest.raises(UserError, match="config.data.on_bad_record=skip: choose one of stop, skip_and_count"):
         read_examples(path, "Grounding", root, boxes=True, on_bad="skip")
+
+
+def test_words_where_a_box_is_expected_are_no_box(tmp_path, root):
+    """A description, a sentence around a box, nothing: what to think of these is for check-data to say."""
+    turns = conversation(("Q1", "a man, 2 dogs"), ("Q2", "It is at [0.1, 0.2, 0.3, 0.4]."), ("Q3", " "))
+    path = write_json(str(tmp_path / "train.json"), [{"id": 4, "conversations": turns}])
+    assert len(read_examples(path, "Grounding", root, boxes=True)[0]) == 1
 
 
 @pytest.mark.parametrize(
