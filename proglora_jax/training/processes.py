@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import threading
 import traceback
@@ -45,10 +46,14 @@ def join(address: str, count: int, number: int, auto: bool) -> None:
         raise UserError(f"--num_processes={count}: needs --coordinator_address=host:port and --process_id from 0 to {count - 1}, "
                         f"got '{address}' and {number}")
     if count > 1:
-        jax.distributed.initialize(address, count, number, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        # JAX would still look for a scheduler, and under SLURM take one device: the one with this process's number on its node.
+        jax.distributed.initialize(address, count, number, cluster_detection_method="deactivate",
+                                   heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     elif auto:
+        # The same guess is right for a process per device, and wrong for a single one on its node; an empty list means all devices.
+        single = re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
         try:
-            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+            jax.distributed.initialize(local_device_ids=[] if single else None, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         except ValueError as error:
             raise UserError(f"--distributed: JAX finds no other processes here ({str(error).strip().splitlines()[0]}); give "
                             "--coordinator_address, --num_processes and --process_id instead") from error
