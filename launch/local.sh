@@ -2,7 +2,8 @@
 # Runs on this machine, on all devices that JAX sees. Start it again with the same workdir to go on where it stopped.
 #
 #   launch/local.sh configs/coin_mini.py runs/mini
-#   CUDA_VISIBLE_DEVICES=0,1 launch/local.sh configs/coin.py runs/coin --config.method.name=proglora_dynamic
+#   CUDA_VISIBLE_DEVICES=0,1 launch/local.sh configs/coin.py runs/coin \
+#     --config.model.path=/models/llava-1.5-7b-hf --config.data.root=/data/CoIN
 #   launch/local.sh --dry-run configs/coin.py runs/coin      prints the command
 #
 # Arguments: a config, a workdir, then any flags of proglora_jax.main.

@@ -2,7 +2,8 @@
 # Cloud TPU: makes a TPU VM slice, installs this checkout on every host, and runs there until the run has finished.
 #
 #   NAME=proglora ZONE=us-east5-b TYPE=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite NFS=10.0.0.2:/share \
-#     launch/tpu_vm.sh configs/coin.py runs/coin --config.method.name=proglora_dynamic
+#     launch/tpu_vm.sh configs/coin.py:batches=mcitlib64 runs/coin --config.mesh.fsdp=16 --config.train.micro_batches=4 \
+#     --config.model.path=/mnt/proglora/llava-1.5-7b-hf --config.data.root=/mnt/proglora/CoIN
 #   ... launch/tpu_vm.sh --dry-run configs/coin.py runs/coin      prints the commands
 #
 # The workdir is relative to the NFS share (Filestore), which is mounted on every host. A slice of one host can do without NFS and

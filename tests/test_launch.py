@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import configparser
+import dataclasses
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,12 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 import yaml
+
+from proglora_jax.continual.row_split import check_rows
+from proglora_jax.core import mesh as meshes
+from proglora_jax.data.tasks import task_order
+from proglora_jax.training.config_file import load_config
+from proglora_jax.training.settings import from_config
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPTS = ["local.sh", "slurm.sbatch", "tpu_vm.sh", "k8s/run.sh"]
@@ -52,6 +60,31 @@ def test_local_passes_everything_on(stubs):
     done = subprocess.run(["bash", LAUNCH / "local.sh", "c.py", "my run", "--config.seed=1"], env=environment)
     assert done.returncode == 7
     assert calls("python") == [["-m", "proglora_jax.main", "--config", "c.py", "--workdir", "my run", "--config.seed=1"]]
+
+
+def examples(name: str) -> list[list[str]]:
+    """The commands that the first lines of a script show, in words; not those that only print."""
+    text = (LAUNCH / name).read_text().replace("\\\n#", "")
+    return [shlex.split(line) for line in re.findall(r"^#   (.*)", text, re.MULTILINE) if "configs/" in line and "--dry-run" not in line]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_commands_that_a_script_shows_could_run_every_task(name):
+    shown = examples(name)
+    assert any("configs/coin.py" in word for words in shown for word in words)
+    for words in shown:
+        place = next(i for i, word in enumerate(words) if word.startswith("configs/"))
+        given = dict(word.lstrip("-").split("=", 1) for word in words[:place] if "=" in word)
+        devices = {
+            "local.sh": len(given.get("CUDA_VISIBLE_DEVICES", "0").split(",")), "slurm.sbatch": 8 * int(given.get("nodes", 1)),
+            "k8s/run.sh": int(given.get("PODS", 1)) * int(given.get("GPUS", 8)), "tpu_vm.sh": int(given.get("TYPE", "-0").split("-")[1]),
+        }[name]  # fmt: skip
+        values = load_config(f"{LAUNCH.parent}/{words[place]}", words[place + 2 :])
+        assert values["model"]["path"] and values["data"]["root"]
+        settings = from_config(values)
+        mesh = meshes.abstract_mesh(dataclasses.asdict(settings.mesh), devices)
+        check_rows(settings, task_order("coin"), mesh)
+        assert settings.evaluate.batch_size % meshes.batch_ways(mesh) == 0
 
 
 SRUN = """while [[ $1 == --* ]]; do shift; done

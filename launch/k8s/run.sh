@@ -2,7 +2,8 @@
 # Kubernetes: fills in launch/k8s/job.yaml and applies it; the same command again goes on where the run stopped.
 #
 #   docker build -f launch/k8s/Dockerfile -t REGISTRY/proglora-jax . && docker push REGISTRY/proglora-jax
-#   IMAGE=REGISTRY/proglora-jax PODS=2 GPUS=8 launch/k8s/run.sh configs/coin.py /runs/coin --config.data.root=/data/CoIN
+#   IMAGE=REGISTRY/proglora-jax PODS=2 GPUS=8 launch/k8s/run.sh configs/coin.py:batches=coin_scripts /runs/coin \
+#     --config.train.micro_batches=4 --config.model.path=/data/llava-1.5-7b-hf --config.data.root=/data/CoIN
 #   launch/k8s/run.sh --dry-run configs/coin.py /runs/coin      prints the manifests
 #
 # IMAGE has this package; PODS have GPUS each. The workdir is below /runs, the data below /data: the volume claims of job.yaml.

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from proglora_jax.continual import row_split
 from proglora_jax.continual.doctor_plan import PlannedPhase, PlannedStage
 from proglora_jax.continual.report_page import Table
 from proglora_jax.core import tree as trees
@@ -38,7 +39,7 @@ class MemoryPlan:
         phases: those that train the model, one of each kind.
         mesh: an abstract mesh.
         limit: bytes of a device, 0 where unknown.
-        batches: rows of a step of every phase.
+        batches: rows of a step of every phase, by name.
     """
 
     settings: Settings
@@ -47,13 +48,14 @@ class MemoryPlan:
     phases: tuple[PlannedPhase, ...]
     mesh: Any
     limit: float
-    batches: list[int]
+    batches: dict[str, int]
 
     @classmethod
     def of(cls, settings: Settings, llava: Llava, stages: list[PlannedStage], mesh: Any, limit: float) -> MemoryPlan:
         """The plan of all stages of a config, from `doctor_plan.planned_stages`."""
-        phases = [phase for stage in stages for phase in stage.phases]
-        return cls(settings, llava, stages[-1].shapes, _unlike(settings, phases), mesh, limit, [phase.batch for phase in phases])
+        named = [(row_split.row_name(stage.name, phase.shapes.phase), phase) for stage in stages for phase in stage.phases]
+        batches = {name: phase.batch for name, phase in named}
+        return cls(settings, llava, stages[-1].shapes, _unlike(settings, [phase for _, phase in named]), mesh, limit, batches)
 
     @property
     def devices(self) -> int:
@@ -154,16 +156,8 @@ class MemoryPlan:
 
     def warnings(self) -> list[str]:
         """What will not run or not fit, and which setting would."""
-        found = []
-        ways, parts = batch_ways(self.mesh), self.settings.train.micro_batches
-        uneven = sorted({batch for batch in self.batches if batch % ways})
-        if uneven:
-            found.append(f"batches of {', '.join(map(str, uneven))} rows cannot be split over {ways} devices: use a number of devices that "
-                         "divides them, or other batches (configs/coin.py:batches=coin_scripts)")
-        elif any(batch % (ways * parts) for batch in self.batches):
-            even = dataclasses.replace(self, settings=_one_part(self.settings))._parts(ways)
-            near = min(even, key=lambda count: abs(count - parts / ways))
-            found.append(f"micro-batches are split unevenly over {ways} devices: --config.train.micro_batches={near} is even")
+        ways = batch_ways(self.mesh)
+        found = list(filter(None, [row_split.split_problem(self.settings, self.batches, ways)]))
         rows = self.settings.evaluate.batch_size
         if rows % ways:
             found.append(f"config.evaluate.batch_size={rows} cannot be split over {ways} devices: "
@@ -185,7 +179,7 @@ class MemoryPlan:
             return f"{needed}: it would fit with {_flags(self, fitting)}"
         if other := self._with_other_batches():
             rows, fitting = other
-            sizes, most = ", ".join(map(str, sorted(set(self.batches)))), max(self._parts(batch_ways(fitting.mesh)))
+            sizes, most = ", ".join(map(str, sorted(set(self.batches.values())))), max(self._parts(batch_ways(fitting.mesh)))
             choice = " (configs/coin.py:batches=mcitlib64)" if rows == OTHER_ROWS else ""
             return (f"{needed}: batches of {sizes} rows split evenly into {most} parts at most; with {rows} rows for every task{choice} it "
                     f"would fit with {_flags(self, fitting)}")
@@ -207,7 +201,7 @@ class MemoryPlan:
         ways = batch_ways(self.mesh)
         rows = max(ways, OTHER_ROWS // ways * ways)
         phases = tuple(dataclasses.replace(phase, batch=rows) for phase in self.phases)
-        plan = dataclasses.replace(self, phases=phases, batches=[rows] * len(self.batches))._fitting_change()
+        plan = dataclasses.replace(self, phases=phases, batches=dict.fromkeys(self.batches, rows))._fitting_change()
         return (rows, plan) if plan else None
 
     def _changed(self, mesh: Any, policy: str, parts: int, buckets: tuple) -> MemoryPlan:
@@ -227,7 +221,7 @@ class MemoryPlan:
     def _parts(self, ways: int) -> list[int]:
         """Numbers of micro-batches that split every batch evenly over the devices, from the config's own on where there are such."""
         least = self.settings.train.micro_batches
-        even = [count for count in range(1, min(self.batches) // ways + 1) if not any(batch % (ways * count) for batch in self.batches)]
+        even = row_split.even_parts(self.batches, ways)
         return [count for count in even if count >= least] or even or [least]
 
     def _answering_advice(self) -> str:
@@ -270,10 +264,6 @@ def most_rows(plan: MemoryPlan, bucket: tuple[int, int], limit: float) -> int:
 def _from(policy: str) -> tuple[str, ...]:
     """The policies that keep no more than one; "auto" chooses for itself."""
     return ("auto",) if policy == "auto" else _CHEAPEST_FIRST[_CHEAPEST_FIRST.index(policy) :]
-
-
-def _one_part(settings: Settings) -> Settings:
-    return dataclasses.replace(settings, train=dataclasses.replace(settings.train, micro_batches=1))
 
 
 def _flags(before: MemoryPlan, after: MemoryPlan) -> str:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from proglora_jax.checkpoints.encoder_import import check_encoders
 from proglora_jax.checkpoints.hf_import import load_source
 from proglora_jax.checkpoints.sources import Source, find_source
+from proglora_jax.continual.row_split import check_rows
 from proglora_jax.continual.stages import plan_stages
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import Targets
@@ -174,6 +175,7 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
     rows, ways = settings.evaluate.batch_size, meshes.batch_ways(mesh)
     if rows % ways:
         raise UserError(f"config.evaluate.batch_size={rows}: must be a multiple of the {ways} devices that share a batch")
+    check_rows(settings, tasks, mesh)
     folder = model_folder(model.path)
     source = find_source(folder, model.vision_path or None, model.projector_path or None)
     config, images = source.config, ImageSpec.from_folder(str(source.image_folder))

@@ -13,7 +13,6 @@ from proglora_jax.continual.stages import Stage
 from proglora_jax.core.mesh import batch_ways
 from proglora_jax.data import replay as replays
 from proglora_jax.data.batch import Batch, collate
-from proglora_jax.data.errors import UserError
 from proglora_jax.data.pipeline import TrainIterator, load_row, train_iterator
 from proglora_jax.data.plan import BatchPlan, check_buckets, plan_batches, row_buckets
 from proglora_jax.data.rows import EncodedRows, encode_rows
@@ -63,9 +62,6 @@ def stage_data(
     settings = session.settings
     size = phase.batch_size or batch_size_of(settings.train, stage.name)
     seed, epochs = stage.number + 100 * place, phase.epochs or settings.train.epochs
-    if size % batch_ways(session.mesh):
-        ways = batch_ways(session.mesh)
-        raise UserError(f"config.train.batch_size={size}: must be a multiple of the {ways} devices that share a batch")
     old = _replayed(session, replay) if replay else []
     if not old:
         return StageData(own, len(own), _grouped_plan(session, own, size, seed, epochs))

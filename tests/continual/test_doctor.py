@@ -255,7 +255,7 @@ def test_rows_that_fit_grow_with_the_device():
     llava = shapes.abstract_backbone(model_sizes(settings.model)[0], settings.model)
     mesh = meshes.abstract_mesh({"data": 1}, 1)
     stage = list(shapes.abstract_stages(settings.method, llava, list("abcdefgh"), [1000] * 8, mesh))[-1]
-    plan = MemoryPlan(settings, llava, stage, (PlannedPhase(112, 1, stage),), mesh, 0.0, [112])
+    plan = MemoryPlan(settings, llava, stage, (PlannedPhase(112, 1, stage),), mesh, 0.0, {"ScienceQA": 112})
     rows = [most_rows(plan, (704, 128), 1e9 * size) for size in (12, 24, 40, 80, 141)]
     assert rows[0] == 0 and rows == sorted(rows) and 16 <= rows[3] <= 24
     assert "rows that fit at once at 704 positions, by the device's memory: 24 GB: " in plan.text()

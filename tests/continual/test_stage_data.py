@@ -92,15 +92,11 @@ def test_every_stage_shuffles_its_rows_in_its_own_way(session, last):
     assert orders[0] != orders[1]
 
 
-def test_batch_sizes_by_task_and_batches_that_cannot_be_shared(session, last):
+def test_batch_sizes_by_task(session, last):
     own = own_rows(session, last)
     assert stage_data(change(session, batch_sizes={"ImageNet": 10}), last, own, None).plan.batch_size == 10
     with pytest.raises(UserError, match=r"config.train.batch_size=21: only 20 rows; lower it or set config.data.remainder=wrap"):
         stage_data(change(session, batch_size=21), last, own, None)
-    devices = np.asarray(jax.devices()).reshape(8, 1, 1)
-    eight = dataclasses.replace(session, mesh=type(session.mesh)(devices, session.mesh.axis_names))
-    with pytest.raises(UserError, match="config.train.batch_size=4: must be a multiple of the 8 devices that share a batch"):
-        stage_data(eight, last, own, None)
 
 
 def test_loss_groups_of_multi_turn_records_hold_about_as_many_labels(session, last):
