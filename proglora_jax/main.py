@@ -41,7 +41,8 @@ _FREE = {
     "run.log_every_steps", "run.checkpoint_every_steps", "run.tensorboard", "run.compilation_cache", "run.isolated_results",
     "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_record", "data.on_bad_image", "data.buckets",
     "evaluate.batch_size", "evaluate.prompt_lengths", "evaluate.also_image_mode", "evaluate.share_prefix",
-    "mesh.data", "mesh.fsdp", "mesh.model", "model.remat",
+    # The same loss, summed in another order; what is drawn at random within a part (dropout, recalled samples) is drawn anew.
+    "mesh.data", "mesh.fsdp", "mesh.model", "model.remat", "train.micro_batches",
     # Scoring alone: what was asked is scored anew.
     "evaluate.imagenet_empty_ok", "evaluate.grounding_truncate", "evaluate.scienceqa_rule", "evaluate.grounding_rule",
     # The hashes of the files in every stage say whether they are the same.
@@ -222,7 +223,9 @@ def _comparable(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     from proglora_jax.training.config_defaults import completed
 
     flat = {f"{section}.{name}": value for section, fields in completed(config).items() for name, value in fields.items()}
-    return json.loads(json.dumps({name: value for name, value in flat.items() if name not in _FREE}))
+    # With batch_mean a row's gates depend on the rows of its part.
+    free = _FREE - {"train.micro_batches"} if flat.get("method.batch_mean") else _FREE
+    return json.loads(json.dumps({name: value for name, value in flat.items() if name not in free}))
 
 
 def _config_name(arguments: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -222,6 +223,15 @@ def test_a_workdir_belongs_to_one_process_and_one_config(tmp_path):
         assert not leftover.exists()
     with pytest.raises(UserError, match="belongs to another config: config.run.seed is 1 there and 2 here. Choose"):
         with main.claim_workdir(tmp_path / "run", config | {"run": {"seed": 2, "log_every_steps": 5}}):
+            pass
+    # a run that was out of memory, or moves to other devices, goes on with other parts; not where gates depend on a part's other rows
+    with main.claim_workdir(tmp_path / "run", config | {"train": {"micro_batches": 8}}):
+        pass
+    mocl = {"method": {"name": "mocl", "batch_mean": True}}
+    (tmp_path / "mocl" / "stages" / "00_gqa" / "progress").mkdir(parents=True)
+    (tmp_path / "mocl" / "config.json").write_text(json.dumps({"config": mocl}))
+    with pytest.raises(UserError, match="config.train.micro_batches is 1 there and 8 here"):
+        with main.claim_workdir(tmp_path / "mocl", mocl | {"train": {"micro_batches": 8}}):
             pass
     # what an earlier version did not know has its default there
     with main.claim_workdir(tmp_path / "run", config | {"evaluate": {"subset_except": ()}, "method": {"name": "lora", "dropout": 0.05}}):
