@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from proglora_jax.checkpoints.integrity import atomic_write_json, read_json, sha256_of_file
@@ -145,9 +144,10 @@ def _answers(
     """The lines of all questions by index, generated from where the partial file ends."""
     evaluate, name = session.settings.evaluate, header["task"]
     loader = session.eval_loader(header["image_mode"])
+    part, parts = session.share
     batches = eval_batches(
         questions, session.encoder, loader, batch_size=evaluate.batch_size, task_id=task_id,
-        lengths=evaluate.prompt_lengths, process_index=jax.process_index(), process_count=jax.process_count(),
+        lengths=evaluate.prompt_lengths, process_index=part, process_count=parts,
     )
     if evaluate.share_prefix != "off" and session.method.fixed_at_test:
         batches = group_by_image(batches, meshes.batch_ways(session.mesh), WORTH if evaluate.share_prefix == "auto" else 0.0)

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 
-import jax
 import numpy as np
 
 from proglora_jax.data.errors import UserError
@@ -21,6 +20,7 @@ class FeatureBatches:
         numbers: i64[n] row numbers in the task, for messages.
         plan: i64[steps, B] positions in `features`.
         task: id of the task.
+        share: which part of a batch's rows this process gives, and of how many.
         next_index: number of the batch that comes next.
     """
 
@@ -28,6 +28,7 @@ class FeatureBatches:
     numbers: np.ndarray
     plan: np.ndarray
     task: int
+    share: tuple[int, int] = (0, 1)
     next_index: int = 0
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -36,11 +37,11 @@ class FeatureBatches:
     def __next__(self) -> dict[str, np.ndarray]:
         if self.next_index >= len(self.plan):
             raise StopIteration
-        share = self.plan.shape[1] // jax.process_count()
-        rows = self.plan[self.next_index][jax.process_index() * share : (jax.process_index() + 1) * share]
-        self.next_index += 1
+        part, parts = self.share
+        rows = np.split(self.plan[self.next_index], parts)[part]
+        count, self.next_index = len(rows), self.next_index + 1
         return {
-            "features": self.features[rows], "length": np.zeros(share, np.int32), "task_id": np.full(share, self.task, np.int32),
+            "features": self.features[rows], "length": np.zeros(count, np.int32), "task_id": np.full(count, self.task, np.int32),
             "example": self.numbers[rows].astype(np.int32),
         }  # fmt: skip
 

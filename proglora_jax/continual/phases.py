@@ -101,7 +101,8 @@ def _phase_data(
     plan = plan_rows(count, size, phase.epochs or train.epochs, train.max_steps, session.settings.run.seed * 1000 + stage.number)
     names = {int(number): own.describe(int(number)) for number in numbers}
     odd = odd_rows(own, numbers, session.train_loader)
-    return _PhaseData(FeatureBatches(features, numbers, plan, stage.index), len(plan), lambda task, number: names[number], odd)
+    batches = FeatureBatches(features, numbers, plan, stage.index, session.share)
+    return _PhaseData(batches, len(plan), lambda task, number: names[number], odd)
 
 
 def _run_phase(

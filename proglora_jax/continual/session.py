@@ -133,6 +133,11 @@ class Session:
         return score_options(self.settings)
 
     @functools.cached_property
+    def share(self) -> tuple[int, int]:
+        """Which part of a batch's rows this process loads, and of how many."""
+        return meshes.row_share(self.mesh)
+
+    @functools.cached_property
     def chief(self) -> bool:
         """Whether this process writes files and talks."""
         return jax.process_index() == 0
@@ -169,6 +174,7 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
     tasks = task_order(data.tasks if data.tasks in ORDERS else [name.strip() for name in data.tasks.split(",")])
     try:
         mesh = meshes.make_mesh(dataclasses.asdict(settings.mesh))
+        meshes.row_share(mesh)
     except ValueError as error:
         raise UserError(str(error)) from error
     settings, why = choose_attention(settings, mesh.devices.flat[0].platform)

@@ -115,7 +115,7 @@ def _mean_image(session: Session, source: EncoderSource, spec: ImageSpec, paths:
     loader = ImageLoader(spec, "squash", settings.data.on_bad_image)
     model, mean = meshes.put_replicated(source.load(), session.mesh), _Mean()
     with concurrent.futures.ThreadPoolExecutor(max(1, settings.data.threads)) as threads:
-        for positions, share in _batches(len(paths), settings.evaluate.batch_size):
+        for positions, share in _batches(len(paths), settings.evaluate.batch_size, session.share):
             batch = {"image": np.stack(list(threads.map(loader, [paths[i] for i in share])))}
             found = _image_features(model, meshes.put_batch(batch, session.mesh), settings.similarity.pool, session.mesh)
             mean.add(np.asarray(found)[: len(positions)])
@@ -126,7 +126,7 @@ def _mean_text(session: Session, model: BertEncoder, texts: Sequence[Sequence[in
     """Mean feature f32[D] of texts, given as token ids, each as often as it is listed."""
     longest = model.config.max_position_embeddings
     texts, mean = sorted(texts, key=len), _Mean()
-    for positions, share in _batches(len(texts), session.settings.evaluate.batch_size):
+    for positions, share in _batches(len(texts), session.settings.evaluate.batch_size, session.share):
         members = [texts[i] for i in share]
         needed = len(texts[positions[-1]])  # the longest of the batch, whichever process has it: all must have one shape
         width = next((length for length in _LENGTHS if needed <= length < longest), longest)
@@ -155,13 +155,12 @@ def _text_features(model: BertEncoder, batch: Mapping[str, jax.Array], pool: str
     return meshes.replicate(states[:, 0] if pool == "cls" else mean_feature(states, real), mesh)
 
 
-def _batches(total: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _batches(total: int, size: int, share: tuple[int, int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(positions that a batch's first rows answer, this process's share of the batch); the last batch is filled up."""
-    part = size // jax.process_count()
+    part, parts = share
     for start in range(0, total, size):
         positions = np.arange(start, min(total, start + size))
-        mine = slice(jax.process_index() * part, (jax.process_index() + 1) * part)
-        yield positions, np.resize(positions, size)[mine]
+        yield positions, np.split(np.resize(positions, size), parts)[part]
 
 
 class _Mean:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from proglora_jax.continual.session import Session
@@ -82,10 +81,9 @@ def stage_data(
 
 def open_iterator(session: Session, data: StageData) -> TrainIterator:
     """This process's share of the plan's batches."""
+    part, parts = session.share
     return train_iterator(
-        data.rows, data.plan, session.train_loader, process_index=jax.process_index(), process_count=jax.process_count(),
-        threads=session.settings.data.threads,
-    )
+        data.rows, data.plan, session.train_loader, process_index=part, process_count=parts, threads=session.settings.data.threads)
 
 
 def chosen_batches(session: Session, rows: EncodedRows, numbers: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, Batch]]:
@@ -105,7 +103,7 @@ def chosen_batches(session: Session, rows: EncodedRows, numbers: np.ndarray, bat
     order = np.argsort(place, kind="stable")
     for start in range(0, len(order), batch_size):
         positions = order[start : start + batch_size]
-        filled = _share(np.resize(positions, batch_size))
+        filled = _share(session, np.resize(positions, batch_size))
         yield positions, _load(session, rows, numbers[filled], buckets[place[positions].max()])
 
 
@@ -126,14 +124,14 @@ def numbered_batches(session: Session, rows: EncodedRows, numbers: np.ndarray, s
     whole = fisher.filled_size(size, batch_ways(session.mesh))
     for start in range(0, len(numbers), size):
         chosen = np.arange(start, min(start + size, len(numbers)))
-        batch = _load(session, rows, numbers[_share(np.resize(chosen, whole))], buckets[place[chosen].max()])
-        yield fisher.fill(batch, int((_share(np.arange(whole)) < len(chosen)).sum()))
+        batch = _load(session, rows, numbers[_share(session, np.resize(chosen, whole))], buckets[place[chosen].max()])
+        yield fisher.fill(batch, int((_share(session, np.arange(whole)) < len(chosen)).sum()))
 
 
-def _share(numbers: np.ndarray) -> np.ndarray:
+def _share(session: Session, numbers: np.ndarray) -> np.ndarray:
     """This process's part of a batch's rows."""
-    share = len(numbers) // jax.process_count()
-    return numbers[jax.process_index() * share : (jax.process_index() + 1) * share]
+    part, parts = session.share
+    return np.split(numbers, parts)[part]
 
 
 def _load(session: Session, rows: EncodedRows, numbers: np.ndarray, bucket: tuple[int, int]) -> Batch:

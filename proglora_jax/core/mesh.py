@@ -14,6 +14,8 @@ from proglora_jax.core.types import PyTree
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
+FLAG = "flag"
+"""A field of a batch that is no row's but the process's own: processes that hold the same rows may say different things in it."""
 LARGE = 1 << 20
 
 # Paths of the backbone's parameters -> how they lie on the mesh. Kernels are [L, d_in, d_out] in stacked layers.
@@ -94,6 +96,30 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is split."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def row_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(number of the part of a batch's rows that a process puts on its devices, number of such parts).
+
+    Processes whose devices hold the same rows have the same part: those along the axis model.
+
+    Args:
+        mesh: of a run.
+        process: this one by default.
+
+    Raises:
+        ValueError: "config.mesh={...}: ..." where processes would hold unequal or overlapping parts.
+    """
+    process, ways, held = jax.process_index() if process is None else process, batch_ways(mesh), {}
+    for place, devices in enumerate(mesh.devices.reshape(ways, -1)):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(place)
+    size = len(held[process])
+    if any(set(range(min(own) // size * size, min(own) // size * size + size)) != own for own in held.values()):
+        raise ValueError(
+            f"config.mesh={dict(mesh.shape)}: splits the rows so that processes would hold unequal parts; let config.mesh.model divide the "
+            f"devices of a process, or be a multiple of them ({mesh.devices.size // len(held)})")
+    return min(held[process]) // size, ways // size
 
 
 def replicate(value: jax.Array, mesh: Mesh) -> jax.Array:
@@ -183,11 +209,20 @@ def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch on the mesh, split over the batch axes; the result is the global batch."""
+    """Puts this process's rows of a batch on the mesh, split over the batch axes; the result is the global batch.
+
+    Args:
+        batch: rows of the part that `row_share` names; in a run of several processes also FLAG, of which the first element counts.
+        mesh: of the run.
+    """
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return {name: jax.device_put(value, sharding) for name, value in batch.items()}
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for name, value in batch.items()}
+    put = {name: jax.make_array_from_process_local_data(sharding, np.asarray(value)) for name, value in batch.items() if name != FLAG}
+    if FLAG in batch:
+        each = NamedSharding(mesh, PartitionSpec(AXES))
+        put[FLAG] = jax.make_array_from_callback((mesh.size,), each, lambda index: np.asarray(batch[FLAG][:1]))
+    return put
 
 
 def to_host(tree: PyTree) -> PyTree:

@@ -105,9 +105,9 @@ def train_iterator(
 
     Args:
         rows: encoded rows that the plan was made of.
-        plan: global batches; process p gets the p-th of `process_count` equal slices of each.
+        plan: global batches; a process gets the `process_index`-th of `process_count` equal slices of each.
         loader: loads images; its spec and mode are part of the fingerprint.
-        process_index, process_count: this process among all.
+        process_index, process_count: this process among all that hold different rows, see `core.mesh.row_share`.
         threads: batches prepared at the same time; 0 prepares them when asked.
         settings: anything else that must be the same when a run is resumed (JSON values).
 
@@ -256,7 +256,7 @@ def eval_batches(
         batch_size: rows per batch.
         task_id: index of the task in the sequence.
         lengths: prompt lengths T to pad to, growing; () for one that fits all.
-        process_index, process_count: this process among all.
+        process_index, process_count: this process among all that hold different rows, see `core.mesh.row_share`.
 
     Raises:
         UserError: "no questions to evaluate ..."; "config.evaluate.batch_size=0: ..."; a prompt longer than the largest length.

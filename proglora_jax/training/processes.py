@@ -2,7 +2,7 @@
 
 Processes of one run must run the same programs in the same order, or they wait for each other for ever. So what one of them learns alone
 (a signal to stop, an image that cannot be read) travels as a flag with its rows of the next batch; the program takes the largest flag of
-all rows, and every process reads it from the results of the same step. That costs no message of its own, and nobody acts alone.
+all devices, and every process reads it from the results of the same step. That costs no message of its own, and nobody acts alone.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from proglora_jax.core.mesh import FLAG
 from proglora_jax.data.errors import UserError
 
-FLAG = "flag"
 GO_ON, STOP, FAILED = 0, 1, 2
 # A process that is silent for so long is given up, and the others end; the machine's own limit is 100 s.
 HEARTBEAT_SECONDS = 30

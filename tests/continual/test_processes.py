@@ -38,14 +38,14 @@ FIELDS = {
 
 
 class Team:
-    """The processes of one run on this machine, one device each, which find each other through a free port."""
+    """The processes of one run on this machine, with some devices each, which find each other through a free port."""
 
-    def __init__(self, place: Place, workdir: Path, count: int, **fields):
+    def __init__(self, place: Place, workdir: Path, count: int, devices: int = 1, **fields):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         flags = tiny_run.flags(place.model, place.folder / "data", **FIELDS | {"run__compilation_cache": tiny_run.compiled()} | fields)
-        environment = {**os.environ, "XLA_FLAGS": tiny_run.xla_flags(1)}
+        environment = {**os.environ, "XLA_FLAGS": tiny_run.xla_flags(devices)}
         self.workdir, self.logs, self.members = workdir, [workdir.parent / f"{workdir.name}.{i}.log" for i in range(count)], []
         for number, log in enumerate(self.logs):
             who = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={number}"]
@@ -110,18 +110,21 @@ def test_processes_fail_stop_and_go_on_together_in_any_number(place, alone):
     saved = [int(path.name[-7:]) for path in (workdir / "stages" / "00_textvqa" / "progress").iterdir()]
     assert len(saved) == 1 and saved[0] == len(losses(workdir)) >= 2
 
-    # ---- four: one of them is asked to stop; all save and end well
-    team = Team(place, workdir, 4)
-    team.when(step(0, saved[0] + 1))
+    # ---- four, weights and layers split over all, pairs with the same rows: they end the first stage and answer, and go on with the
+    # second; there one of them is asked to stop; all save and end well
+    team = Team(place, workdir, 4, mesh__fsdp=2, mesh__model=2)
+    team.when(step(1, 1))
     team.members[3].send_signal(signal.SIGTERM)
     assert team.wait(60) == [0, 0, 0, 0], team.text()
     assert f"resumed after step {saved[0]} of phase train" in team.text(0)
     stopped = [re.search(r"stopped .*; run the same command to go on", team.text(number)) for number in range(4)]
     assert all(stopped) and len({match[0] for match in stopped}) == 1, team.text()
 
-    # ---- two: one is lost in the second stage; the other says so and ends
-    team = Team(place, workdir, 2)
-    team.when(step(1, 1))
+    # ---- two with two devices each, on the same mesh: one is lost; the other says so and ends
+    done = max(number for stage, number, _ in losses(workdir) if stage == 1)
+    team = Team(place, workdir, 2, devices=2, mesh__fsdp=2, mesh__model=2)
+    team.when(step(1, done + 1))
+    assert f"resumed after step {done} of phase train" in team.text(0) and "evaluate TextVQA" not in team.text(0)
     team.members[1].kill()
     codes = team.wait(60)
     assert codes[0] not in (0, None) and codes[1] == -signal.SIGKILL

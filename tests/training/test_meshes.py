@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import types
 
 import harness
 import jax
@@ -68,6 +69,23 @@ def test_devices_sum_the_adapters_gradients_and_gather_weights_and_say_nothing_e
     assert sum(one.bytes * one.times for one in gathered) <= 2 * kernels + 2 * rest
     assert max((one.bytes for one in gathered), default=0) <= max((tree[path].nbytes // (layers if "layers" in path else 1)
                                                                    for path in split), default=0)
+
+
+@pytest.mark.parametrize("shape, each, parts", [
+    ((4, 1, 1), 1, [0, 1, 2, 3]), ((2, 2, 1), 2, [0, 1]), ((2, 1, 2), 1, [0, 0, 1, 1]), ((1, 1, 4), 1, [0, 0, 0, 0]),
+    ((1, 2, 2), 2, [0, 1]), ((2, 2, 4), 8, [0, 1]), ((1, 1, 2), 1, [0, 0]), ((2, 1, 3), 2, None), ((3, 1, 2), 3, None),
+])  # fmt: skip
+def test_processes_along_the_axis_model_load_the_same_rows(shape, each, parts):
+    """`each` devices a process, in order; the last two meshes cut a process's devices between two parts of the rows."""
+    devices = np.asarray([types.SimpleNamespace(process_index=number // each) for number in range(int(np.prod(shape)))])
+    mesh = types.SimpleNamespace(devices=devices.reshape(shape), shape=dict(zip(meshes.AXES, shape)))
+    processes = range(len(devices) // each)
+    if parts is None:
+        for process in processes:
+            with pytest.raises(ValueError, match=f"would hold unequal parts; .* multiple of them .{each}."):
+                meshes.row_share(mesh, process)
+        return
+    assert [meshes.row_share(mesh, process) for process in processes] == [(part, max(parts) + 1) for part in parts]
 
 
 @pytest.mark.parametrize("shape", [{"fsdp": 8}, {"data": 2, "fsdp": 4}], ids=str)
