@@ -36,7 +36,7 @@ from proglora_jax.data.tasks import TASKS
 from proglora_jax.evaluation.evaluator import references, score_answers
 from proglora_jax.training.console import Progress
 from proglora_jax.training.loop import Stopped
-from proglora_jax.training.processes import Round
+from proglora_jax.training.processes import Round, from_chief
 from proglora_jax.training.settings import Settings
 
 # Of an answers' header. A run that goes on with another batch size, as it must after running out of memory, keeps its answers.
@@ -71,7 +71,7 @@ def evaluate_task(
     options, others = session.score_options, unasked(session.data[name], session.settings, questions)
     asked = {field: header[field] for field in MUST_AGREE} | {
         "references": _hash([*references(TASKS[name].scorer, questions, auxiliary), *others]), "scoring": dataclasses.asdict(options)}
-    known = finished_scores(path, answers, asked)
+    known = from_chief(finished_scores(path, answers, asked) if session.chief else None)
     if known is not None:
         return known, True
     began = time.monotonic()
@@ -153,10 +153,9 @@ def _answers(
         batches = group_by_image(batches, meshes.batch_ways(session.mesh), WORTH if evaluate.share_prefix == "auto" else 0.0)
     header = header | {"shared_prefix": isinstance(batches, GroupedBatches)}
     partial = path.with_suffix(".partial.jsonl")
-    entries = read_answers(path, header) if path.exists() else {}
-    if len(entries) == len(questions):
+    whole, entries = _kept(path, partial, header, len(questions), chief=session.chief)
+    if whole:
         return entries
-    entries = read_answers(partial, header)
     first = 0
     while first < len(batches) and all(index in entries for index in batches.members(first)):
         first += 1
@@ -182,6 +181,16 @@ def _answers(
         _reopen(partial, header, {index: entries[index] for index in sorted(entries)}).close()
         os.replace(partial, path)
     return entries
+
+
+def _kept(path: Path, partial: Path, header: dict, count: int, *, chief: bool) -> tuple[bool, dict[int, dict[str, Any]]]:
+    """(whether all answers are in place, those that are there). Process 0 reads for all: it alone writes, and another would see less."""
+    rows = read_answers(path, header) if chief and path.exists() else {}
+    whole = len(rows) == count
+    if chief and not whole:
+        rows = read_answers(partial, header)
+    whole, rows = from_chief([whole, list(rows.values())])
+    return whole, {row["index"]: row for row in rows}
 
 
 def _rows(

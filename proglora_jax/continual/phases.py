@@ -29,6 +29,7 @@ from proglora_jax.data.rows import EncodedRows
 from proglora_jax.methods.base import Phase, Probe, TaskInfo
 from proglora_jax.training import shapes
 from proglora_jax.training.loop import PhasePlan, PhaseState, start_phase, train_phase
+from proglora_jax.training.processes import in_any_process
 
 Batches = TrainIterator | FeatureBatches
 
@@ -189,7 +190,9 @@ def _resume(
         batches.set_state(records["iterator"])
     except UserError as error:  # other buckets, mended records, another tokenizer: its batches are not those of the steps done
         problem = problem or str(error)
-    if problem:
+    # All or none; and none moves files while another still reads them.
+    if in_any_process(np.asarray(bool(problem))):
+        problem = problem or "another process cannot take it up, its log says why"
         aside, what = folder.with_name(f"{PROGRESS}_dropped"), f"phase {phase.name}" if place else "stage"
         text = "Progress %s is dropped: %s. The %s begins anew; the old progress is kept in %s until the stage ends."
         logging.warning(text, path.name, problem, what, aside)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from proglora_jax.checkpoints.integrity import CheckpointDamaged
@@ -15,6 +16,7 @@ from proglora_jax.core import tree as trees
 from proglora_jax.core.types import CLState
 from proglora_jax.data.errors import UserError
 from proglora_jax.methods.base import Method
+from proglora_jax.training.processes import from_chief, in_any_process
 
 FINAL = "adapter"
 PROGRESS = "progress"
@@ -89,8 +91,25 @@ class Finished:
 def load_stage(stage: Stage, workdir: Path, method: Method, initial: CLState, before: Finished | None) -> Finished | None:
     """The stage's checkpoint, or None when it is not there or cannot be trusted; says why it was skipped.
 
-    A checkpoint is trusted when every checksum holds and it was made from the same predecessor.
+    A checkpoint is trusted when every checksum holds and it was made from the same predecessor. Process 0 decides for all.
+
+    Raises:
+        UserError: in all processes, where one of them does not find the checkpoint that process 0 finds.
     """
+    found = _trusted(stage, workdir, method, initial, before)
+    here = found.digest if found else ""
+    chosen = from_chief(here)
+    if not chosen:
+        return None
+    if in_any_process(np.asarray(here != chosen)):
+        raise UserError(
+            f"{stage.folder(workdir) / FINAL}: not every process finds the checkpoint that process 0 finds (hash {chosen[:12]}; here: "
+            f"{here[:12] or 'nothing that can be trusted'}); --workdir must be on a file system that all processes see alike")
+    return found
+
+
+def _trusted(stage: Stage, workdir: Path, method: Method, initial: CLState, before: Finished | None) -> Finished | None:
+    """What this process finds."""
     path = stage.folder(workdir) / FINAL
     if not path.exists() and not any(path.parent.glob(f"{FINAL}.old-*")):
         return None

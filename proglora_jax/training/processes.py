@@ -8,6 +8,7 @@ all devices, and every process reads it from the results of the same step. That 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import sys
@@ -144,6 +145,22 @@ class Round:
 def asked_to_stop(stop: Any) -> bool:
     """Whether any process was asked to stop; all processes must ask at the same point."""
     return bool(in_any_process(np.asarray(stop.requested)))
+
+
+def from_chief(value: Any) -> Any:
+    """What process 0 gives, in all processes; theirs is not looked at. All processes must ask at the same point.
+
+    Args:
+        value: anything that JSON gives back as it was.
+    """
+    if jax.process_count() == 1:
+        return value
+    chief = jax.process_index() == 0
+    text = json.dumps(value).encode() if chief else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(text), np.int32)))
+    sent = np.zeros(1 << max(10, (size - 1).bit_length()), np.uint8)  # few shapes: each is compiled
+    sent[: len(text)] = np.frombuffer(text, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).astype(np.uint8)[:size].tobytes())
 
 
 def in_any_process(holds: np.ndarray) -> np.ndarray:
