@@ -71,6 +71,7 @@ def _run_flags(config: dict[str, Any]) -> None:
     # Imported here: --help and a mistyped flag should not wait for jax.
     from proglora_jax.core import host
 
+    host.claim_gpu_memory()
     host.settle_on_cpu()  # before the next lines import jax
     from proglora_jax.training.console import setup_console
     from proglora_jax.training.loop import Stopped

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from proglora_jax.core.host import settle_on_cpu
+from proglora_jax.core.host import claim_gpu_memory, settle_on_cpu
 from proglora_jax.data.errors import UserError, disk_errors
 
 
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script proglora-tools."""
+    claim_gpu_memory()  # what doctor plans with is what a run has
     settle_on_cpu()
     try:
         status = main()

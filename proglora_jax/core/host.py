@@ -1,4 +1,4 @@
-"""What a process settles with its host: freed memory is kept, no TPU is sought in vain, compiled programs have a folder."""
+"""What a process settles with its host: how much of a GPU it takes, that freed memory is kept, where devices and programs are sought."""
 
 from __future__ import annotations
 
@@ -16,6 +16,18 @@ _SETTINGS = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TO
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 # Any of these says that somebody has settled where JAX runs, or where its TPU is.
 _NAMED = ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "TPU_LIBRARY_PATH")
+# The second name is the former one; JAX refuses to have both.
+_MEMORY_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+_MEMORY_SHARE = "0.94"
+
+
+def claim_gpu_memory() -> None:
+    """Lets JAX take 94 % of a GPU's memory instead of 75 %, unless the environment says how much; call it before JAX makes a device.
+
+    What remains, 4.8 GB of 80, is for CUDA, its libraries and NCCL.
+    """
+    if not any(name in os.environ for name in _MEMORY_NAMES):
+        os.environ[_MEMORY_NAMES[0]] = _MEMORY_SHARE
 
 
 def settle_on_cpu() -> bool:

@@ -87,8 +87,12 @@ def in_words(remat: Remat) -> str:
 
 
 def device_limit() -> int:
-    """Bytes of the first device as it says itself, by process 0 for all of them; 0 where it does not say (a CPU)."""
+    """Bytes of the first device by what it says itself, by process 0 for all of them; 0 where it does not say (a CPU).
+
+    A device says what is left beside the runtime, which plans count as their own part: it is added here.
+    """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    limit += int(memory.RUNTIME / memory.USABLE) if limit else 0
     if jax.process_count() == 1:
         return limit
     from jax.experimental import multihost_utils

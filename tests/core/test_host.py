@@ -67,6 +67,18 @@ def test_compiled_programs_are_kept_on_accelerators(monkeypatch, tmp_path):
     assert host.compiled_folder("here", "gpu").endswith("/here")
 
 
+@pytest.mark.parametrize("named", ["", *host._MEMORY_NAMES])
+def test_a_run_takes_most_of_a_gpu_unless_someone_says_how_much(monkeypatch, named):
+    for name in host._MEMORY_NAMES:
+        monkeypatch.setenv(name, "0.5")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    if named:
+        monkeypatch.setenv(named, "0.5")
+    before = dict(os.environ)
+    host.claim_gpu_memory()
+    assert dict(os.environ) == before | ({} if named else {"XLA_CLIENT_MEM_FRACTION": "0.94"})
+
+
 # ------------------------------------------------------------------------------------------------------- where JAX looks for devices
 
 

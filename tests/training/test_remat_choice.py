@@ -77,5 +77,18 @@ def test_a_step_takes_the_policy_of_its_length():
         step.policy_at({8: "none"}, batch(9))
 
 
+def test_what_a_device_says_is_beside_what_the_runtime_takes(monkeypatch):
+    """At every limit that just holds a policy without the runtime, that policy is chosen."""
+    settings, llava = settings_of(model__remat="auto"), backbone("llava15_7b")
+    stage, load = last_stage(settings_of(), llava), Load(16, 704, 128)
+    for policy in remat_choice.KEEPS_MOST_FIRST[1:]:
+        parts = memory.training_memory(with_policy(settings, policy), llava, stage, load, MESH)
+        need = sum(part.bytes for part in parts if part.name != "runtime") / memory.USABLE
+        assert need < memory.total(parts) / memory.USABLE
+        device = type("Device", (), {"memory_stats": lambda self, need=need: {"bytes_limit": int(need) + 2}})()
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        assert policy_for(settings, llava, [(stage, 16)], (704, 128), MESH, remat_choice.device_limit()) == policy
+
+
 def test_a_device_that_does_not_say_has_no_limit():
     assert jax.default_backend() == "cpu" and remat_choice.device_limit() == 0
