@@ -87,7 +87,8 @@ def test_the_commands_that_a_script_shows_could_run_every_task(name):
         assert settings.evaluate.batch_size % meshes.batch_ways(mesh) == 0
 
 
-SRUN = """while [[ $1 == --* ]]; do shift; done
+SRUN = """[[ " $* " == *" --cpus-per-task=${SLURM_CPUS_PER_TASK:-none} "* ]] || [[ -z ${SLURM_CPUS_PER_TASK:-} && $* != *cpus* ]] || exit 99
+while [[ $1 == --* ]]; do shift; done
 SLURM_NTASKS=2 SLURM_PROCID=1 exec "$@" """
 
 
@@ -95,9 +96,10 @@ def slurm(environment: dict) -> dict:
     return {**environment, "SLURM_JOB_ID": "45678", "SLURM_JOB_NODELIST": "n[1-2]"}
 
 
-@pytest.mark.parametrize("code", [0, 3])
-def test_slurm_starts_one_process_per_node_and_keeps_the_exit_code(stubs, code):
+@pytest.mark.parametrize("code, cpus", [(0, {}), (3, {"SLURM_CPUS_PER_TASK": "32"})])
+def test_slurm_starts_one_process_per_node_with_its_cpus_and_keeps_the_exit_code(stubs, code, cpus):
     environment, make, calls = stubs
+    environment |= cpus
     make("scontrol", "echo node1; echo node2")
     make("srun", SRUN)
     make("python", f"exit {code}")

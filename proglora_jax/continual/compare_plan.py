@@ -138,5 +138,8 @@ def _of_method(flag: str) -> bool:
 
 
 def _plain(config: Config) -> dict[str, Any]:
-    """A config in the form that JSON gives back."""
-    return json.loads(json.dumps({section: dict(fields) for section, fields in config.items()}))
+    """A config in the form that JSON gives back, but for the number of threads, which decides nothing: it is the default of before."""
+    plain = json.loads(json.dumps({section: dict(fields) for section, fields in config.items()}))
+    if "threads" in plain.get("data", {}):
+        plain["data"]["threads"] = 2
+    return plain

@@ -24,6 +24,7 @@ from proglora_jax.core.types import Targets
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.images import ImageLoader, ImageSpec
 from proglora_jax.data.instruction_sets import REDUCED, find_set
+from proglora_jax.data.pipeline import reader_threads
 from proglora_jax.data.schema import Question
 from proglora_jax.data.synthetic.benchmark import write_benchmark
 from proglora_jax.data.tasks import ORDERS, TaskData, load_task, select_subset, task_order
@@ -170,6 +171,7 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
     Raises:
         UserError: for what the user can mend: folders, tokenizer, files, sizes.
     """
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, threads=reader_threads(settings.data.threads)))
     data, model = settings.data, settings.model
     tasks = task_order(data.tasks if data.tasks in ORDERS else [name.strip() for name in data.tasks.split(",")])
     try:
@@ -202,7 +204,8 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
     remat = _remat(settings, config, tasks, mesh)
     llava = _load(source, settings, mesh)
     logger = RunLogger(workdir, settings.run.log_every_steps, settings.run.tensorboard, resumed, chief=jax.process_index() == 0)
-    logger.message(f"backbone {source.describe()}; attention {settings.model.attention}: {why}; remat {in_words(remat)}")
+    logger.message(f"backbone {source.describe()}; attention {settings.model.attention}: {why}; remat {in_words(remat)}; "
+                   f"{data.threads} reader threads a process")
     workdir, stop = Path(workdir), stop or StopSignal()
     return Session(
         settings, remat, workdir, mesh, llava, source.fingerprint(), source.protocol, encoder, images, tasks, files, logger, stop)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
@@ -134,6 +135,16 @@ def _blank(share: slice, bucket: tuple[int, int], side: int) -> Batch:
     """A batch of the right shapes with nothing in it: what a process that cannot read its rows gives to the step of all."""
     return {name: np.zeros((share.stop - share.start, *field.shape[1:]), field.dtype)
             for name, field in collate([], bucket, 0, (side, side)).items()}
+
+
+def reader_threads(stated: int) -> int:
+    """How many threads a run reads with: what the config says, or for 0 half of the cores that this process may use, 2 to 8.
+
+    A thread reads about 120 images of 336 pixels a second. Eight GPUs ask for about 220 in training and 440 in evaluation. Each thread
+    prepares a whole batch, so more of them take memory.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return stated or max(2, min(8, cores // 2))
 
 
 def _read_options(threads: int) -> grain.ReadOptions:

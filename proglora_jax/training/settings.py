@@ -73,7 +73,7 @@ class DataSettings:
             of each task, stands in results.json and in the report.
         on_unsupervised: "raise", or "drop" records without a supervised token and count them.
         empty_answer: "drop" leaves a turn with an empty answer out, "eos" supervises its end alone.
-        threads: reader threads.
+        threads: reader threads of a process; 0 takes half of the cores that it may use, 2 to 8, see `data.pipeline.reader_threads`.
         image_cache_mb: memory for decoded images; 0 decodes each time.
     """
 
@@ -96,7 +96,7 @@ class DataSettings:
     on_bad_image: str = "raise"
     on_unsupervised: str = "drop"
     empty_answer: str = "drop"
-    threads: int = 2
+    threads: int = 0
     image_cache_mb: int = 0
 
 

@@ -179,6 +179,15 @@ def test_a_run_of_an_earlier_version_is_finished_though_it_does_not_name_newer_f
     assert World(tmp_path, ["lora"]).runs[0].finished
 
 
+def test_the_number_of_threads_makes_no_other_run(tmp_path):
+    """Earlier configs said 2 where they say 0 now; that names isolated runs as well."""
+    world = World(tmp_path, ["lora"], isolated=True, overrides=["--config.data.threads=2"])
+    world.run()
+    now = World(tmp_path, ["lora"], isolated=True)
+    assert [run.workdir for run in now.runs] == [run.workdir for run in world.runs] and all(run.finished for run in now.runs)
+    assert now.runs[0].config["data"]["threads"] == 0
+
+
 def test_a_run_of_another_config_is_not_taken_for_finished(tmp_path):
     World(tmp_path, ["lora"]).run()
     changed = World(tmp_path, ["lora"], overrides=["--config.train.epochs=1"])

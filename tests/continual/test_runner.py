@@ -163,7 +163,7 @@ def test_a_finished_run_is_asked_once_more_with_images_prepared_in_the_other_way
 
 
 def test_how_often_progress_is_saved_changes_nothing(here, dynamic):
-    other = here.run("rarely", run__checkpoint_every_steps=5, run__log_every_steps=3, data__threads=0, data__image_cache_mb=1)
+    other = here.run("rarely", run__checkpoint_every_steps=5, run__log_every_steps=3, data__threads=1, data__image_cache_mb=1)
     assert tiny_run.differences(tiny_run.outcome(other), tiny_run.outcome(dynamic)) == []
 
 

@@ -12,7 +12,8 @@ from data_fixtures import save_pattern, save_tokenizer
 from proglora_jax.data.batch import ANSWER, IMAGE, PAD, BatchRow, collate
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.images import ImageLoader, ImageSpec
-from proglora_jax.data.pipeline import eval_batches, train_iterator
+from proglora_jax.data import pipeline
+from proglora_jax.data.pipeline import eval_batches, reader_threads, train_iterator
 from proglora_jax.data.plan import plan_batches, suggest_buckets
 from proglora_jax.data.rows import encode_rows
 from proglora_jax.data.schema import Example, Question, TrainRow
@@ -213,6 +214,12 @@ def test_errors_name_the_record_and_stay(world, threads):
             next(iterator)
     blank = make((encoder, [*rows[:23], broken], images), threads, loader=ImageLoader(ImageSpec(16), on_bad="blank"))
     assert len(list(blank)) > seen
+
+
+@pytest.mark.parametrize("cores, threads", [(1, 2), (2, 2), (6, 3), (8, 4), (32, 8), (208, 8)])
+def test_readers_follow_the_cores_that_the_process_may_use(monkeypatch, cores, threads):
+    monkeypatch.setattr(pipeline.os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    assert (reader_threads(0), reader_threads(5)) == (threads, 5)
 
 
 def test_bad_shards(world):
