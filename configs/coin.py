@@ -31,7 +31,9 @@ MiniGPT-v2 does.
 
 batches=paper_era are the rows per step of the scripts behind the published baselines (7 GPUs without accumulation), batches=coin_scripts
 those of CoIN's repository today (8 GPUs, 8 parts), batches=mcitlib64 64 rows for every task. A step's rows are computed in as many parts as
-there were in the original, which suits one GPU; with n of them set --config.train.micro_batches to an n-th, and ask tools doctor.
+there were in the original, which suits one GPU; with n of them set --config.train.micro_batches to an n-th, and ask tools doctor. The rows
+of every task must be a multiple of the devices: paper_era's can be split over 1, 2, 7 or 14, coin_scripts' over powers of 2 to 128,
+mcitlib64's to 64.
 """
 
 import os

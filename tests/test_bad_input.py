@@ -454,8 +454,8 @@ def test_sizes_that_do_not_fit_the_devices(refuse, monkeypatch):
     assert refuse(train__batch_size=8) == "config.evaluate.batch_size=2: must be a multiple of the 8 devices that share a batch"
     text = refuse(evaluate__batch_size=8, train__batch_size=12)
     assert text == (
-        "config.train: batches of 12 rows cannot be split over 8 devices: use 1, 2, 3, 4, 6 or 12 device(s), or other config.train.batch_sizes "
-        "(TextVQA 8 or 16, ImageNet 8 or 16, OCRVQA 8 or 16; or configs/coin.py:batches=coin_scripts)")
+        "config.train: batches of 12 rows cannot be split over 8 devices: use 1, 2, 3, 4, 6 or 12 device(s), or other "
+        "config.train.batch_sizes (TextVQA 8 or 16, ImageNet 8 or 16, OCRVQA 8 or 16; or configs/coin.py:batches=coin_scripts)")
     text = refuse(evaluate__batch_size=8, train__batch_size=16, train__micro_batches=4)
     assert text == "config.train: micro-batches are split unevenly over 8 devices: --config.train.micro_batches=1 is even"
 

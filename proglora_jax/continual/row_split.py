@@ -68,8 +68,8 @@ def _uneven(rows: Mapping[str, int], train: TrainSettings, ways: int) -> str:
     parts = train.micro_batches
     if any(size % ways for size in rows.values()):
         misfits = {name: size for name, size in rows.items() if size % ways}
-        return (f"batches of {_listed(misfits.values())} rows cannot be split over {ways} devices: use {_divisors(rows)} device(s), or other "
-                f"config.train.batch_sizes ({_nearest(misfits, train, ways)}; or configs/coin.py:batches=coin_scripts)")
+        return (f"batches of {_listed(misfits.values())} rows cannot be split over {ways} devices: use {_divisors(rows)} device(s), or "
+                f"other config.train.batch_sizes ({_nearest(misfits, train, ways)}; or configs/coin.py:batches=coin_scripts)")
     if any(size % (ways * parts) for size in rows.values()):
         near = min(even_parts(rows, ways), key=lambda count: abs(count - parts / ways))
         return f"micro-batches are split unevenly over {ways} device{'s' * (ways > 1)}: --config.train.micro_batches={near} is even"
@@ -82,7 +82,8 @@ def _uneven_groups(rows: Mapping[str, int], train: TrainSettings, ways: int) -> 
     if not misfits:
         return ""
     field = f"loss_groups={train.loss_groups}" if train.loss_groups else f"loss_group_size={train.loss_group_size}"
-    return f"{field} does not divide batches of {_listed(misfits.values())} rows: use rows that it divides ({_nearest(misfits, train, ways)})"
+    sizes, near = _listed(misfits.values()), _nearest(misfits, train, ways)
+    return f"{field} does not divide batches of {sizes} rows: use rows that it divides ({near})"
 
 
 def _group(train: TrainSettings) -> int:

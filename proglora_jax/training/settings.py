@@ -107,7 +107,8 @@ class TrainSettings:
     Attributes:
         batch_size: rows of an optimizer step, over all devices.
         batch_sizes: {task: rows} for tasks with another number.
-        micro_batches: parts that a step's rows are split into one after the other; exact under unequal token counts.
+        micro_batches: parts that a step's rows are split into one after the other; exact under unequal token counts. Parts times devices
+            must divide the rows of every step. May change while a run goes on.
         epochs: passes over a task's examples.
         max_steps: steps of a phase, whatever the number of examples; 0 follows `epochs`.
         learning_rate: of blocks (and routing, times the method's multiplier).

@@ -57,7 +57,8 @@ def test_groups_of_the_loss_that_do_not_divide_a_late_batch_are_refused():
     assert said(2, "", "train.batch_sizes.VQAv2=72", "train.micro_batches=1", "train.loss_norm=global_token_mean") == ""
     apart = ["method.replay_mix=separate_batch", "train.micro_batches=1"]
     assert said(2, "method=proglora_static", "train.batch_sizes.VQAv2=72", *apart) == "", "there the replayed rows have a mean of their own"
-    assert "ScienceQA" in said(2, "method=proglora_static", "train.batch_sizes.ScienceQA=110", *apart), "but the first stage replays nothing"
+    first = said(2, "method=proglora_static", "train.batch_sizes.ScienceQA=110", *apart)
+    assert "(ScienceQA 98 or 112)" in first, "but the first stage replays nothing"
 
 
 @pytest.mark.parametrize("argument, names", [
