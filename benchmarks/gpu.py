@@ -1,7 +1,7 @@
 """LLaVA-1.5 7B on one GPU, training and answering, against transformers and PEFT in torch: one command, under ten minutes, no network.
 
     python benchmarks/gpu.py --out results          everything that the time allows, the most important first
-    python benchmarks/gpu.py --out results --go-on  what is missing there, for another ten minutes
+    python benchmarks/gpu.py --out results --go-on  what the time did not allow or what failed, from results/events.jsonl on
     python benchmarks/gpu.py --only "B=16|answer"   cases with this in their names, a regular expression (--list shows the names)
     python benchmarks/gpu.py --tiny                 the same code on a CPU at sizes that only show that it runs
 
@@ -11,7 +11,10 @@ and for the other side torch, transformers and peft; where these are missing the
 Processes: cases of a series share one, with its weights, and compile side by side; the next process imports while one measures. What does
 not fit, fails or hangs leaves a row with the reason, and a fresh process goes on behind it; --isolate gives each case a process of its own,
 which takes longer. Every result is written at once: events.jsonl as they come, gpu.json and gpu.md after each series, gpu.png at the end.
-The costliest kernels of a step are listed for the main case, or for those that --profile names.
+The costliest kernels of a step are listed for the main case, or for those that --profile names, and their programs are compiled once more,
+from the cache; a profiler that fails costs no result. A benchmark that goes on keeps what did not fit: without --go-on all is tried again.
+Five of the seven series are expected to take one call; where a GPU is lent for fifteen minutes, the second call takes the rest of them:
+--budget 570, then events.jsonl into the second call's folder and --go-on --budget 200.
 """
 
 from __future__ import annotations
@@ -32,11 +35,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import gpu_cases  # noqa: E402
 import gpu_report  # noqa: E402
+from gpu_child import FULL, NOT_TRIED  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 EVENTS = "events.jsonl"
 SILENCE = 240.0
 """Seconds without an event after which a process is taken for dead: a large program compiles for a minute or two."""
+LOOKING = 90.0
+"""The same while it looks into a case that has its result."""
 CLOSING = 8.0
 """Seconds kept for the report."""
 
@@ -47,7 +53,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results by default, with --tiny a temporary one")
     parser.add_argument("--budget", type=float, default=570, help="seconds for all")
     parser.add_argument("--only", default="", help="cases in whose names this regular expression is found")
-    parser.add_argument("--go-on", action="store_true", help="keep the results that are there, measure what is missing or failed")
+    parser.add_argument("--go-on", action="store_true", help="keep what is there and what did not fit, measure what is missing or failed")
     parser.add_argument("--isolate", action="store_true", help="a process for each case")
     parser.add_argument("--threads", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)), help="programs compiled at a time")
     parser.add_argument("--profile", nargs="*", help="cases of ours to list the costliest kernels of; the main case by default")
@@ -90,7 +96,7 @@ class Bench:
         if not arguments.go_on:
             (out / EVENTS).unlink(missing_ok=True)
         before = _read(out / EVENTS, 0) if (out / EVENTS).exists() else []
-        self.rows = {event["case"]: _row(event) for event in before if event["event"] == "result" and "error" not in event}
+        self.rows = {name: row for name, row in _rows(before).items() if row.get("error", FULL).startswith((FULL, NOT_TRIED))}
         main = gpu_cases.tiny(gpu_cases.MAIN) if arguments.tiny else gpu_cases.MAIN
         self.profile = [main.name] if arguments.profile is None else arguments.profile
         self.cases: dict[str, gpu_cases.Case] = {}
@@ -126,8 +132,8 @@ class Bench:
         """Lets processes run until every case of an item has a result or the time is over."""
         while item.names and self.left > 0:
             child = child or self._start(item)
-            events, why = child.obey(item, self.left, self.profile)
-            known = {event["case"]: _row(event) for event in events if event["event"] == "result"}
+            events, why = child.obey(item, self.left, self.profile, {name: row.get("samples_per_s") for name, row in self.rows.items()})
+            known = _rows(events)
             self.rows |= known
             for row in known.values():
                 print(json.dumps(row), flush=True)
@@ -143,6 +149,10 @@ class Bench:
 
     def _blame(self, item: Item, events: list[dict], why: str) -> None:
         """Gives the case that a process died of its row; where several were compiling, they are compiled one by one next."""
+        last = events[-1] if events else {}
+        if last.get("event") == "look":
+            self.rows[last["case"]] |= {f"{last['field']}_error": why}
+            return
         open_ = lambda first, last: [name for name in item.names if _has(events, name, first) and not _has(events, name, last)]
         guilty = open_("begin", "result") or open_("compile", "compiled")
         if len(guilty) > 1 and item.threads > 1 and self.left > 0:
@@ -172,8 +182,14 @@ def _read(path: Path, start: int) -> list[dict]:
         return [json.loads(line) for line in file.read().splitlines() if line.endswith("}")]
 
 
-def _row(event: dict) -> dict:
-    return {key: value for key, value in event.items() if key != "event"}
+def _rows(events: list[dict]) -> dict[str, dict]:
+    """{name of a case: its result}, with what was found beside it."""
+    rows: dict[str, dict] = {}
+    for event in events:
+        if event["event"] in ("result", "more"):
+            fields = {key: value for key, value in event.items() if key != "event"}
+            rows[event["case"]] = fields if event["event"] == "result" else rows.get(event["case"], {}) | fields
+    return rows
 
 
 class Child:
@@ -191,24 +207,27 @@ class Child:
         with open(self.log, "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, env=environment)
 
-    def obey(self, item: Item, seconds: float, profile: list[str]) -> tuple[list[dict], str]:
-        """Gives it its cases and waits until it ends: (its events, why it did not end in peace or "")."""
-        order = {"cases": item.names, "seconds": seconds, "threads": item.threads, "profile": profile, "trace": str(self.trace)}
+    def obey(self, item: Item, seconds: float, profile: list[str], known: dict[str, float | None]) -> tuple[list[dict], str]:
+        """Gives it its cases, and what is known of others, and waits until it ends: (its events, why it did not end in peace or "")."""
+        order = {"cases": item.names, "seconds": seconds, "threads": item.threads, "profile": profile, "trace": str(self.trace),
+                 "known": known}
         start = self.events.stat().st_size
         try:
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.close()
         except BrokenPipeError:
             pass  # it died while it imported; its exit says so below
-        deadline, seen, last, why = time.monotonic() + seconds, start, time.monotonic(), ""
+        deadline, seen, last, why, patience = time.monotonic() + seconds, start, time.monotonic(), "", SILENCE
         while self.process.poll() is None and not why:
             time.sleep(0.1)
             now, size = time.monotonic(), self.events.stat().st_size
-            seen, last = (size, now) if size != seen else (seen, last)
+            if size != seen:
+                seen, last = size, now
+                patience = LOOKING if [event["event"] for event in _read(self.events, start)][-1:] == ["look"] else SILENCE
             if now > deadline:
                 why = "cut off: the time was over"
-            elif now - last > SILENCE:
-                why = f"cut off: nothing was heard of it for {SILENCE:.0f} s"
+            elif now - last > patience:
+                why = f"cut off: nothing was heard of it for {patience:.0f} s"
         if why:
             self.process.kill()
         code = self.process.wait()

@@ -1,4 +1,4 @@
-"""The GPU benchmark's cases of transformers and PEFT in torch; one that does not fit leaves a row and the next one begins."""
+"""The GPU benchmark's cases of transformers and PEFT in torch, batches growing until one does not fit or is no quicker."""
 
 from __future__ import annotations
 
@@ -6,32 +6,64 @@ import gc
 import time
 from typing import Any
 
+import gpu_cases
 import torch
 from gpu_cases import Case, Sizes
-from gpu_child import Lines, Order, attempt, speed, timed
+from gpu_child import NOT_TRIED, Lines, Order, attempt, speed, timed
 from sides import peers
 from sides.rows import random_batch
 
 RATE = 2e-4
+GAIN = 1.02
+"""By what factor more rows must raise samples a second for still more to be tried."""
+
+
+class Growth:
+    """Which kinds of cases need not be tried with more rows, from what was found with fewer."""
+
+    def __init__(self, cases: list[Case], known: dict[str, float | None]):
+        """Args: cases: all, fewer rows first; known: as in `Order`."""
+        self._best: dict[tuple, float] = {}
+        self._enough: dict[tuple, str] = {}
+        for case in cases:
+            if case.name in known and not self.enough(case):
+                self.note(case, known[case.name])
+
+    def enough(self, case: Case) -> str:
+        """Why a case need not be tried; "" where it must."""
+        return self._enough.get(self._kind(case), "")
+
+    def note(self, case: Case, speed: float | None) -> None:
+        """Takes what was found: samples a second, None for a failure."""
+        kind = self._kind(case)
+        if speed is None:
+            self._enough[kind] = "fewer rows failed"
+        elif speed < GAIN * self._best.get(kind, 0.0):
+            self._enough[kind] = f"fewer rows gained less than {GAIN - 1:.0%} over still fewer"
+        self._best[kind] = max(speed or 0.0, self._best.get(kind, 0.0))
+
+    @staticmethod
+    def _kind(case: Case) -> tuple:
+        return case.what, case.blocks, case.rank, case.remat, case.compiled
 
 
 def run(cases: list[Case], sizes: Sizes, lines: Lines, order: Order) -> None:
-    """Times cases on one model; after one that does not fit, larger ones of its kind are not tried."""
+    """Times cases on one model; where more rows fail or are no quicker, still more are not tried."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, made, full = None, None, set()
+    model, made = None, None
+    growth = Growth([case for series in gpu_cases.series(sizes.tiny) for case in series if case.side == "peers"], order.known)
     for case in cases:
-        kind = (case.what, case.blocks, case.rank, case.remat, case.compiled)
         if order.over:
             return
-        if kind in full:
-            lines.write("result", case, error="not tried: fewer rows failed")
+        if why := growth.enough(case):
+            lines.write("result", case, error=f"{NOT_TRIED}: {why}")
             continue
         if made != (case.blocks, case.rank):
             model = None
             _clear(device)
             model, made = _model(case, sizes, device), (case.blocks, case.rank)
-        if not attempt(lines, case, lambda case=case, model=model: _measured(case, sizes, model, device)):
-            full.add(kind)
+        found = attempt(lines, case, lambda case=case, model=model: _measured(case, sizes, model, device))
+        growth.note(case, found and found["samples_per_s"])
         for leaf in model.parameters():
             leaf.grad = None
         _clear(device)
@@ -57,8 +89,7 @@ def _measured(case: Case, sizes: Sizes, model: Any, device: str) -> dict[str, An
     batch = peers.tensors(random_batch(sizes.config, case.rows, case.positions, labels), labels, device, dtype)
     known: dict[str, Any] = {"attention": "sdpa", "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
     began = time.perf_counter()
-    if case.compiled:
-        side.forward = torch.compile(model)
+    peers.compile_layers(model, case.compiled)
     if case.what == "train":
         call = lambda: side.train(batch)
         known["loss"] = float(call())

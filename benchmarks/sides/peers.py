@@ -29,13 +29,25 @@ def attach(model: Any, blocks: int, rank: int, alpha: float, dropout: float = 0.
 
 
 def set_checkpointing(model: Any, wanted: bool) -> None:
-    """Switches gradient checkpointing of every layer on or off."""
-    model.disable_input_require_grads()
+    """Switches gradient checkpointing of every layer on or off.
+
+    transformers then asks for the gradient of all embeddings, of CLIP's patches too, so that the frozen tower would be computed again and
+    gone back through. Checkpointing that is not reentrant does not need it: it is taken back.
+    """
     if wanted:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
     else:
         model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()
+
+
+def compile_layers(model: Any, wanted: bool) -> None:
+    """Switches torch.compile of every layer of the decoder on or off: they are alike, so that one graph serves all of them."""
+    for layer in model.get_base_model().model.language_model.layers:
+        if wanted:
+            layer.compile()
+        else:
+            layer._compiled_call_impl = None
 
 
 def random_model(config: Mapping[str, Any], dtype: str, device: str) -> Any:
@@ -68,18 +80,17 @@ class Trainer:
 
     Attributes:
         model: the model, in training mode.
-        forward: what is called for the loss; `torch.compile` may stand in for the model.
     """
 
     def __init__(self, model: Any, rate: float):
-        self.model = self.forward = model
+        self.model = model
         model.train()
         trained = [leaf for leaf in model.parameters() if leaf.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=trained[0].is_cuda or None)
 
     def train(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """One step; its loss, which may not be there yet."""
-        loss = self.forward(**batch).loss
+        """One step; its loss, which may not be there yet. No keys and values are kept for a generation that does not follow."""
+        loss = self.model(**batch, use_cache=False).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
