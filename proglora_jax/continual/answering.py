@@ -11,12 +11,13 @@ Where a task is asked a second time with images prepared in another way, that wa
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from proglora_jax.continual.blank_images import KINDS, odd_questions
 from proglora_jax.continual.session import Session, unasked
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import CLState
+from proglora_jax.data.batch import Batch
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.image_groups import WORTH, GroupedBatches, group_by_image
 from proglora_jax.data.images import ImageLoader
@@ -41,6 +43,8 @@ from proglora_jax.training.settings import Settings
 
 # Of an answers' header. A run that goes on with another batch size, as it must after running out of memory, keeps its answers.
 MUST_AGREE = ("task", "adapter", "questions", "max_new_tokens", "image_mode")
+# Batches that the device computes while the answers of the one before are decoded and written.
+IN_FLIGHT = 1
 
 
 def evaluate_task(
@@ -164,17 +168,30 @@ def _answers(
     with Progress(f"evaluate {name}", len(questions), chief=session.chief) as progress:
         progress.update(len(entries))
         prepared, told = batches.batches(first, session.settings.data.threads), Round(session.stop)
+        waiting: collections.deque = collections.deque()
+
+        def settle(most: int) -> None:
+            """Writes answers until at most so many batches are being computed."""
+            while len(waiting) > most:
+                rows = _rows(session, questions, *waiting.popleft(), told)
+                entries.update({row["index"]: row for row in rows})
+                if file is not None:
+                    file.write("".join(_line(row) for row in rows))
+                    file.flush()
+                    os.fsync(file.fileno())
+                progress.update(len(rows))
+
         for number in range(first, len(batches)):
-            batch = told.next(prepared, lambda number=number: batches.blank(number))
+            try:
+                batch = told.next(prepared, lambda number=number: batches.blank(number))
+            except UserError:
+                settle(0)
+                raise
             generate = session.generator(header["max_new_tokens"], by_image="slot" in batch)
-            rows = _rows(session, questions, loader, generate, state, batch, told)
-            entries |= {row["index"]: row for row in rows}
-            if file is not None:
-                file.write("".join(_line(row) for row in rows))
-                file.flush()
-                os.fsync(file.fileno())
-            progress.update(len(rows))
-            if told.stopping:
+            waiting.append(_begin(session, questions, loader, generate, state, batch, batches.members(number)))
+            settle(IN_FLIGHT if number + 1 < len(batches) else 0)
+            if told.stopping:  # several processes hear of it from the results that have just been read
+                settle(0)
                 raise Stopped(f"stopped while evaluating {name} after {len(entries)} of {len(questions)} questions; the answers are kept")
     if file is not None:
         file.close()
@@ -193,23 +210,33 @@ def _kept(path: Path, partial: Path, header: dict, count: int, *, chief: bool) -
     return whole, {row["index"]: row for row in rows}
 
 
+def _begin(
+    session: Session, questions: list[Question], loader: ImageLoader, generate, state: CLState, batch: Batch, members: Sequence[int]
+) -> tuple[dict[str, jax.Array], dict[str, set[int]]]:
+    """Has the device answer a batch's questions, `members`: (results that may not be there yet, {kind: questions whose image is of it}).
+
+    The processes tell each other of such images first: behind the batch that would wait for its end.
+    """
+    images = [questions[index].image for index in members]
+    odd = {kind: {index for index, found in zip(members, odd_questions(images, loader, kind)) if found} for kind in KINDS}
+    return generate(state.params, state.memory, session.llava, meshes.put_batch(batch, session.mesh), state.stage), odd
+
+
 def _rows(
-    session: Session, questions: list[Question], loader: ImageLoader, generate, state: CLState, batch, told: Round
+    session: Session, questions: list[Question], results: Mapping[str, jax.Array], odd: Mapping[str, set[int]], told: Round
 ) -> list[dict[str, Any]]:
-    out = generate(state.params, state.memory, session.llava, meshes.put_batch(batch, session.mesh), state.stage)
-    out = {name: np.asarray(value) for name, value in out.items()}
+    """The answers' lines, from what `_begin` returned, when the device has it."""
+    out = {name: np.asarray(value) for name, value in results.items()}
     if told.hear(out):  # the rows of a batch that one process could not read are left out together
         raise told.failure()
-    rows, answered = [], np.flatnonzero(out["valid"])
-    images = [questions[int(out["example"][row])].image for row in answered]
-    odd = {kind: odd_questions(images, loader, kind) for kind in KINDS}
-    for place, row in enumerate(answered):
+    rows = []
+    for row in np.flatnonzero(out["valid"]):
         index, count = int(out["example"][row]), int(out["count"][row])
         text = session.encoder.tokenizer.decode(out["tokens"][row, :count].tolist()).strip()
         rows.append({
             "index": index, "question_id": questions[index].id, "prompt": questions[index].text, "text": text,
             "hit_cap": bool(out["hit_cap"][row]), "gates": [round(float(gate), 6) for gate in out["gates"][row]],
-        } | {kind: True for kind, found in odd.items() if found[place]})
+        } | {kind: True for kind, found in odd.items() if index in found})
     return rows
 
 

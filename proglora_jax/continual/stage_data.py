@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -95,16 +98,19 @@ def chosen_batches(session: Session, rows: EncodedRows, numbers: np.ndarray, bat
         numbers: i64[n] row numbers.
         batch_size: rows per batch, all processes together.
 
-    Yields:
-        (positions i64[<= batch_size] in `numbers` that the batch's first rows answer, this process's share of the batch).
+    Returns:
+        (positions i64[<= batch_size] in `numbers` that the batch's first rows answer, this process's share of the batch), ...
     """
     buckets = check_buckets(session.settings.data.buckets)
     place = row_buckets(rows.lengths[numbers], rows.labels[numbers], buckets)
     order = np.argsort(place, kind="stable")
-    for start in range(0, len(order), batch_size):
+
+    def load(start: int) -> tuple[np.ndarray, Batch]:
         positions = order[start : start + batch_size]
         filled = _share(session, np.resize(positions, batch_size))
-        yield positions, _load(session, rows, numbers[filled], buckets[place[positions].max()])
+        return positions, _load(session, rows, numbers[filled], buckets[place[positions].max()])
+
+    return _ahead(load, range(0, len(order), batch_size), session.settings.data.threads)
 
 
 def numbered_batches(session: Session, rows: EncodedRows, numbers: np.ndarray, size: int) -> Iterator[Batch]:
@@ -116,16 +122,38 @@ def numbered_batches(session: Session, rows: EncodedRows, numbers: np.ndarray, s
         numbers: i64[n] row numbers.
         size: rows per batch; the last one may have fewer. Rows without labels fill a batch up to a multiple of the devices.
 
-    Yields:
+    Returns:
         This process's share of each batch.
     """
     buckets = check_buckets(session.settings.data.buckets)
     place = row_buckets(rows.lengths[numbers], rows.labels[numbers], buckets)
     whole = fisher.filled_size(size, batch_ways(session.mesh))
-    for start in range(0, len(numbers), size):
+
+    def load(start: int) -> Batch:
         chosen = np.arange(start, min(start + size, len(numbers)))
         batch = _load(session, rows, numbers[_share(session, np.resize(chosen, whole))], buckets[place[chosen].max()])
-        yield fisher.fill(batch, int((_share(session, np.arange(whole)) < len(chosen)).sum()))
+        return fisher.fill(batch, int((_share(session, np.arange(whole)) < len(chosen)).sum()))
+
+    return _ahead(load, range(0, len(numbers), size), session.settings.data.threads)
+
+
+def _ahead(make: Callable[[int], Any], starts: Iterable[int], threads: int) -> Iterator[Any]:
+    """make(start) for every start, in order, so many prepared ahead as there are threads and one more (none without threads)."""
+    if not threads:
+        yield from map(make, starts)
+        return
+    waiting: collections.deque = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        try:
+            for start in starts:
+                waiting.append(pool.submit(make, start))
+                if len(waiting) > threads + 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for job in waiting:
+                job.cancel()
 
 
 def _share(session: Session, numbers: np.ndarray) -> np.ndarray:

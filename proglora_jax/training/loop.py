@@ -113,11 +113,11 @@ def train_phase(
     waiting: collections.deque = collections.deque()
     tokens, first, told = 0, state.step, Round(stop)
 
-    def settle(most: int) -> dict:
-        """Reads losses until at most so many steps are in flight; returns the metrics of the last one read."""
-        metrics: dict = {}
+    def settle(most: int) -> None:
+        """Reads losses until at most so many steps are in flight, and logs those steps that are due."""
+        nonlocal tokens
         while len(waiting) > most:
-            done, metrics, *rows = waiting.popleft()
+            done, metrics, rate, read, *rows = waiting.popleft()
             if told.hear(metrics):
                 waiting.clear()  # the steps behind it changed nothing either
                 state.step = done - 1
@@ -127,7 +127,11 @@ def train_phase(
             state.loss = float(metrics["loss"])
             if not math.isfinite(state.loss):
                 raise UserError(_not_finite(plan, done, state.loss, *rows))
-        return metrics
+            tokens += read
+            if logger.due(done):
+                numbers = {name: float(value) for name, value in metrics.items()}
+                logger.step(done, numbers | {"lr": rate}, tokens=tokens, memory_peak=memory_peak())
+                tokens = 0
 
     while state.step < plan.total:
         # ---- one step, dispatched without waiting for it
@@ -147,25 +151,19 @@ def train_phase(
             state.trainable, state.optimizer, frozen, memory, llava, meshes.put_batch(batch, mesh), control)
         state.running = metrics.pop("running", state.running)
         state.step += 1
-        tokens += int(batch["length"].sum()) * jax.process_count()
-        waiting.append((state.step, metrics, batch["task_id"], batch["example"]))
+        read = int(batch["length"].sum()) * jax.process_count()
+        waiting.append((state.step, metrics, rates[ADAPTER], read, batch["task_id"], batch["example"]))
 
-        # ---- losses of the steps that have finished, a little behind
-        stopping = told.stopping  # read once: a signal may come at any line, and what the message says must be so
+        # ---- losses of the steps that have finished, a little behind; a line that is due is written while the next step runs
         saving = state.step % plan.save_every == 0
-        due = logger.due(state.step)
-        metrics = settle(0 if due or saving or stopping or state.step == plan.total else IN_FLIGHT)
-        if told.heard_stop:  # several processes hear of it from the steps that have just been read
-            stopping = True
+        behind = 1 if logger.due(state.step - 1) else IN_FLIGHT
+        settle(0 if saving or state.step == plan.total else behind)
+        stopping = told.stopping  # read once: a signal may come at any line, and what the message says must be so
+        if stopping:  # several processes hear of it from the steps that have just been read
             settle(0)
-        saving = saving or stopping
-        if due:
-            numbers = {name: float(value) for name, value in metrics.items()}
-            logger.step(state.step, numbers | {"lr": rates[ADAPTER]}, tokens=tokens, memory_peak=memory_peak())
-            tokens = 0
 
         # ---- progress
-        if saving and state.step < plan.total:
+        if (saving or stopping) and state.step < plan.total:
             save(state)
         if stopping:
             if state.step == plan.total:

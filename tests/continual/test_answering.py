@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from proglora_jax.checkpoints.integrity import atomic_write_json, sha256_of_file
+from proglora_jax.continual import answering
 from proglora_jax.continual.answering import _line, _reopen, finished_scores, read_answers
+from proglora_jax.data.errors import UserError
+from proglora_jax.training.loop import Stopped
 
 HEADER = {"task": "GQA", "adapter": "abc", "questions": "0f", "max_new_tokens": 5, "image_mode": "pad", "batch_size": 2}
 ASKED = {"task": "GQA", "adapter": "abc", "questions": "0f", "max_new_tokens": 5, "image_mode": "pad", "references": "1a"}
@@ -75,3 +80,79 @@ def test_scores_are_finished_only_with_the_answers_questions_references_and_adap
     assert finished_scores(scores, path, ASKED) is None
     scores.write_text(json.dumps(content | {"accuracy": {"coin": 60.0}}))
     assert finished_scores(scores, path, ASKED) is None
+
+
+class Later:
+    """Results of the device: reading them is noted."""
+
+    def __init__(self, value, note):
+        self.value, self.note = value, note
+
+    def __array__(self, *_, **__):
+        self.note()
+        return np.asarray(self.value)
+
+
+@pytest.fixture
+def ask(tmp_path, monkeypatch):
+    """A function that asks ten questions, two at a time: (what happened, in order; what ended it; the answers; their partial file)."""
+
+    def asked(broken: int = -1, stop_at: int = -1):
+        happened, stop, path = [], SimpleNamespace(requested=False), tmp_path / f"{broken}" / "GQA.jsonl"
+
+        def prepare(start, threads):
+            for number in range(start, 5):
+                if number == broken:
+                    raise UserError("GQA question 7: a.jpg: no such image")
+                yield {"tokens": np.zeros((2, 3)), "example": np.arange(2 * number, 2 * number + 2)}
+
+        def generate(params, memory, llava, batch, stage):
+            number = int(batch["example"][0]) // 2
+
+            def read():
+                happened.append(f"answers of {number}")
+                stop.requested |= number == stop_at
+
+            happened.append(f"batch {number}")
+            known = {"example": batch["example"], "valid": np.ones(2, bool), "count": np.ones(2, int), "tokens": np.full((2, 1), number),
+                     "hit_cap": np.zeros(2, bool), "gates": np.ones((2, 1))}
+            return known | {"valid": Later(known["valid"], read)}
+
+        class Five(list):
+            batches, members = staticmethod(prepare), staticmethod(lambda n: [2 * n, 2 * n + 1])
+
+        monkeypatch.setattr(answering, "eval_batches", lambda *_, **__: Five(range(5)))
+        monkeypatch.setattr(answering.meshes, "put_batch", lambda batch, mesh: batch)
+        session = SimpleNamespace(
+            settings=SimpleNamespace(evaluate=SimpleNamespace(batch_size=2, prompt_lengths=(), share_prefix="off"),
+                                     data=SimpleNamespace(threads=0)),
+            eval_loader=lambda mode: SimpleNamespace(bad=set(), cut=set(), on_bad="raise"), chief=True, mesh=None, llava=None, stop=stop,
+            encoder=SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda tokens: f" word{tokens[0]}")),
+            method=SimpleNamespace(fixed_at_test=True), generator=lambda new_tokens, by_image: generate,
+        )  # fmt: skip
+        questions, end = [SimpleNamespace(id=f"q{n}", text=f"What is {n}?", image=None) for n in range(10)], None
+        try:
+            answering._answers(session, SimpleNamespace(params=0, memory=0, stage=0), dict(HEADER), 0, questions, path)
+        except (UserError, Stopped) as error:
+            end = error
+        partial = path.with_suffix(".partial.jsonl")
+        return happened, end, read_answers(partial if end else path), partial
+
+    return asked
+
+
+def test_a_batch_is_computed_while_the_answers_of_the_one_before_are_written(ask):
+    happened, end, entries, partial = ask()
+    assert happened == ["batch 0", "batch 1", "answers of 0", "batch 2", "answers of 1", "batch 3", "answers of 2", "batch 4",
+                        "answers of 3", "answers of 4"]
+    assert end is None and not partial.exists() and [entries[n]["text"] for n in range(10)] == [f"word{n // 2}" for n in range(10)]
+    assert [(row["index"], row["question_id"], row["prompt"]) for row in entries.values()] == [
+        (n, f"q{n}", f"What is {n}?") for n in range(10)]
+
+
+def test_what_is_computed_is_kept_where_an_image_cannot_be_read_and_where_the_run_is_stopped(ask):
+    _, end, entries, _ = ask(broken=3)
+    assert "no such image" in str(end) and sorted(entries) == list(range(6))
+    happened, end, entries, _ = ask(broken=9, stop_at=1)
+    assert "stopped while evaluating GQA after 6 of 10 questions; the answers are kept" in str(end) and sorted(entries) == list(range(6))
+    assert happened[-2:] == ["answers of 1", "answers of 2"], "nothing is begun after the signal"

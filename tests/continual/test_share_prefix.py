@@ -78,19 +78,19 @@ def forget(workdir: Path, to: Path) -> Path:
 
 
 def test_the_same_answers_by_a_shared_pass_also_where_it_broke_off_in_a_task(here, plain, monkeypatch):  # noqa: F811
-    workdir, asked, original = forget(plain, here.folder / "shared"), [], answering._rows
+    workdir, asked, original = forget(plain, here.folder / "shared"), [], answering._begin
 
-    def counted(session, questions, loader, generate, state, batch, told):
+    def counted(session, questions, loader, generate, state, batch, members):
         asked.append("slot" in batch)
         if len(asked) == 4:
             raise KeyboardInterrupt
-        return original(session, questions, loader, generate, state, batch, told)
+        return original(session, questions, loader, generate, state, batch, members)
 
-    monkeypatch.setattr(answering, "_rows", counted)
+    monkeypatch.setattr(answering, "_begin", counted)
     with pytest.raises(KeyboardInterrupt):
         here.run("shared", "lora", **OPTIONS, evaluate__share_prefix="on")
     partial = next(workdir.glob("stages/*/answers/*.partial.jsonl"))
-    assert len(partial.read_text().split("\n")[:-1]) == 1 + 3 * 8
+    assert len(partial.read_text().split("\n")[:-1]) == 1 + 2 * 8, "of the third batch the answers were not read yet"
     here.run("shared", "lora", **OPTIONS, evaluate__share_prefix="on")
     assert all(asked) and len(asked) < 2 * 4 * COUNT // 8
     first = len(asked)
@@ -100,8 +100,8 @@ def test_the_same_answers_by_a_shared_pass_also_where_it_broke_off_in_a_task(her
 
 
 def test_answers_that_depend_on_the_prompt_never_share_it(here, plain, monkeypatch):  # noqa: F811
-    seen, original = [], answering._rows
-    monkeypatch.setattr(answering, "_rows", lambda *parts: seen.append("slot" in parts[5]) or original(*parts))
+    seen, original = [], answering._begin
+    monkeypatch.setattr(answering, "_begin", lambda *parts: seen.append("slot" in parts[5]) or original(*parts))
     options = OPTIONS | {"data__tasks": "TextVQA", "train__max_steps": 1}
     here.run("dynamic", "proglora_dynamic", **options, evaluate__share_prefix="auto")
     assert seen and not any(seen)

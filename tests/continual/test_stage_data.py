@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -15,6 +16,7 @@ from PIL import Image
 from tiny_run import here  # noqa: F401 (a fixture)
 
 from proglora_jax.continual import similarity
+from proglora_jax.continual import stage_data as data_module
 from proglora_jax.continual.answering import image_mode
 from proglora_jax.continual.similarity_encoders import open_encoders
 from proglora_jax.continual.probes import open_probe
@@ -142,6 +144,34 @@ def test_the_rest_of_a_test_split_counts_only_where_all_of_it_should_be_there(se
         assert count(dataclasses.replace(coin, **{section: changed})) == 0, field
     fewer.made_from = {"from": "slim"}
     assert count(coin) == 0
+
+
+def test_probes_load_their_images_ahead_in_threads(session, last, monkeypatch):
+    """Two batches at a time, in order; an error comes where its batch would."""
+    own, load = own_rows(session, last), data_module.load_row
+    two = dataclasses.replace(session, settings=dataclasses.replace(
+        session.settings, data=dataclasses.replace(session.settings.data, threads=2)))
+    together = threading.Barrier(2)
+
+    def waits(rows, loader, number):
+        together.wait(10)  # for another thread that loads a row
+        return load(rows, loader, number)
+
+    numbers, examples = np.array([11, 3, 19, 0]), lambda batches: [batch["example"].tolist() for batch in batches]
+    monkeypatch.setattr(data_module, "load_row", waits)
+    assert examples(numbered_batches(two, own, numbers, 2)) == [[11, 3], [19, 0]]
+    assert sorted(sum(examples(batch for _, batch in chosen_batches(two, own, numbers, 2)), [])) == sorted(numbers)
+
+    def breaks(rows, loader, number):
+        if number == 19:
+            raise UserError("ImageNet record 19: no such image")
+        return load(rows, loader, number)
+
+    monkeypatch.setattr(data_module, "load_row", breaks)
+    batches = numbered_batches(two, own, numbers, 2)
+    assert next(batches)["example"].tolist() == [11, 3]
+    with pytest.raises(UserError, match="record 19"):
+        next(batches)
 
 
 def test_questions_are_seen_as_in_coin_or_as_in_training(session):
