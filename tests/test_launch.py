@@ -22,6 +22,7 @@ from proglora_jax.continual.row_split import check_rows
 from proglora_jax.core import mesh as meshes
 from proglora_jax.data.tasks import task_order
 from proglora_jax.training.config_file import load_config
+from proglora_jax.training.processes import LOST
 from proglora_jax.training.settings import from_config
 
 LAUNCH = Path(__file__).parents[1] / "launch"
@@ -150,8 +151,11 @@ def test_kubernetes_manifests_fit_the_published_schemas_and_each_other():
     assert pod["subdomain"] == service["metadata"]["name"] and spec["completionMode"] == "Indexed"
     assert f"--coordinator_address {name}-0.{pod['subdomain']}:{port} " in command
     assert {mount["name"] for mount in train["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    code = int(re.search(r"--stopped_exit_code (\d+)", command)[1])  # a stopped run is no failure: the Job starts its pods again
-    assert [code] in [rule.get("onExitCodes", {}).get("values") for rule in spec["podFailurePolicy"]["rules"]]
+    code = int(re.search(r"--stopped_exit_code (\d+)", command)[1])
+    rules = [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in spec["podFailurePolicy"]["rules"]]
+    # evicted, stopped: no failure, the Job starts its pods again; what would fail again ends it; a loss counts for every pod, 16 times
+    assert rules == [("Ignore", None), ("Ignore", [code]), ("FailJob", [1])] and LOST not in (0, 1, code)
+    assert spec["backoffLimit"] == 16 * spec["completions"]
 
 
 def test_a_manifest_that_does_not_fit_is_noticed():

@@ -26,6 +26,7 @@ for argument in --config "$config" --workdir "$workdir" "$@"; do
   list+=", \"${argument//\"/\\\"}\""
 done
 manifests=$(<launch/k8s/job.yaml)
+manifests=${manifests//LOSSES/$(( 16 * ${PODS:-1} ))}
 manifests=${manifests//PODS/${PODS:-1}}
 manifests=${manifests//GPUS/${GPUS:-8}}
 manifests=${manifests//'"IMAGE"'/"\"${IMAGE:-proglora-jax:latest}\""}

@@ -29,8 +29,21 @@ GO_ON, STOP, FAILED = 0, 1, 2
 # A process that is silent for so long is given up, and the others end; the machine's own limit is 100 s.
 HEARTBEAT_SECONDS = 30
 _PATIENCE_SECONDS = 10
+LOST = 76
+"""Exit code where another process, or this one's devices, are lost: started again, the run goes on. Where JAX notices first, it aborts."""
 
 
+@contextlib.contextmanager
+def _waiting() -> Iterator[None]:
+    """Around the wait for the other processes."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        print(f"error: the other processes did not come ({_first_line(error)}); start the run again", file=sys.stderr, flush=True)
+        os._exit(LOST)
+
+
+@_waiting()
 def join(address: str, count: int, number: int, auto: bool) -> None:
     """Connects the processes of a run of several; nothing to do for a run of one.
 
@@ -64,7 +77,8 @@ def join(address: str, count: int, number: int, auto: bool) -> None:
 def leave_together() -> Iterator[None]:
     """Around a run: an error in one of several processes ends this one at once, so that the others notice; alone it changes nothing.
 
-    Python's own end would wait for the other processes, which wait for this one in a program that it will never join.
+    Python's own end would wait for the other processes, which wait for this one in a program that it will never join. The exit code is 1 for
+    what would fail again, LOST for what another process, or a device, has done.
     """
     try:
         yield
@@ -79,15 +93,23 @@ def leave_together() -> Iterator[None]:
             waiting.join(_PATIENCE_SECONDS)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(LOST if _is_lost(error) else 1)
+
+
+def _is_lost(error: BaseException) -> bool:
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _say(error: BaseException) -> None:
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
-    elif isinstance(error, jax.errors.JaxRuntimeError):
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        print(f"error: process {jax.process_index()} of {jax.process_count()} was left by another one, or lost its devices ({first}); the "
+    elif _is_lost(error):
+        print(f"error: process {jax.process_index()} of {jax.process_count()} was left by another one, or lost its devices "
+              f"({_first_line(error)}); the "
               "log of the process that ended first says why. Start the run again: it goes on from what was saved", file=sys.stderr)
     else:
         traceback.print_exception(error)
