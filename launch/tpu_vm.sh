@@ -9,7 +9,8 @@
 # The workdir is relative to the NFS share (Filestore), which is mounted on every host. A slice of one host can do without NFS and
 # keeps the workdir on its own disk, which goes with the slice. A bucket mounted with gcsfuse will not do: checkpoints need renames that
 # happen at once. Spot slices are taken away at any time: the run gets SIGTERM and saves; this script makes the slice again and goes on.
-# It leaves the slice in place when the run ends; remove it with
+# While there is no room, or a host does not answer, it tries again every PAUSE seconds, TRIES times in all; a lost connection or process
+# it survives 16 times. It leaves the slice in place when the run ends; remove it with
 #   gcloud compute tpus tpu-vm delete "$NAME" --zone "$ZONE"
 # On a slice JAX finds the other hosts by itself: "--distributed" needs no addresses.
 set -euo pipefail
@@ -22,7 +23,7 @@ if (( $# < 2 )); then
   exit 2
 fi
 : "${NAME:?a name for the slice}" "${ZONE:?its zone}" "${TYPE:?its type, e.g. v5litepod-16}" "${RUNTIME:?its software version}"
-config=$(printf '%q' "$1") workdir=$(printf '%q' "$2")
+config=$(printf '%q' "$1") workdir=$(printf '%q' "$2") nfs=$(printf '%q' "${NFS:-}")
 shift 2
 flags=
 if (( $# )); then flags=$(printf ' %q' "$@"); fi
@@ -37,31 +38,42 @@ exec 3>&1
 on_all_hosts() { tpu_vm ssh "$NAME" --worker=all --command "$1"; }
 state() { if (( ! dry )); then tpu_vm describe "$NAME" --format 'value(state)' 2>/dev/null || true; fi; }
 
-prepare() {  # the slice with this checkout, without its history and environments
-  if [[ -z $(state) ]]; then tpu_vm create "$NAME" --accelerator-type "$TYPE" --version "$RUNTIME" --spot; fi
-  git ls-files -z | tar --create --gzip --null --files-from=- --file "$archive"
-  tpu_vm scp "$archive" "$NAME":proglora.tar.gz --worker=all
+prepare() {  # the slice with this checkout, without its history and environments; what a lost connection left running ends before
+  local now; now=$(state)
+  if [[ $now == PREEMPTED || $now == TERMINATED ]]; then tpu_vm delete "$NAME" --quiet && now= || return; fi
+  if [[ -z $now ]]; then tpu_vm create "$NAME" --accelerator-type "$TYPE" --version "$RUNTIME" --spot || return; fi
+  git ls-files -z | tar --create --gzip --null --files-from=- --file "$archive" || return
+  tpu_vm scp "$archive" "$NAME":proglora.tar.gz --worker=all || return
   on_all_hosts "set -e
+    get() { sudo apt-get -qq -o DPkg::Lock::Timeout=600 update && sudo apt-get -qq -y -o DPkg::Lock::Timeout=600 install \"\$@\"; }
+    old=\$(cat ~/proglora.pid 2>/dev/null || echo none)
+    if grep -qs proglora_jax /proc/\$old/cmdline; then kill \$old || true; while [ -e /proc/\$old ]; do sleep 1; done; fi
     mkdir -p proglora && tar --extract --gzip --file proglora.tar.gz --directory proglora
-    command -v python3.11 || { sudo apt-get update -qq && sudo apt-get install -y -qq python3.11 python3.11-venv; }
-    python3.11 -m venv ~/environment && ~/environment/bin/pip install --quiet -e './proglora[tpu]'"
-  if [[ -n ${NFS:-} ]]; then
-    on_all_hosts "command -v mount.nfs || { sudo apt-get update -qq && sudo apt-get install -y -qq nfs-common; }
-      sudo mkdir -p $shared && { mountpoint --quiet $shared || sudo mount $(printf '%q' "$NFS") $shared; }"
-  fi
+    command -v python3.11 || get python3.11 python3.11-venv
+    python3.11 -m venv ~/environment && ~/environment/bin/pip install --quiet -e './proglora[tpu]'
+    if [ -z $nfs ]; then exit; fi
+    command -v mount.nfs || get nfs-common
+    sudo mkdir -p $shared && { mountpoint -q $shared || sudo mount $nfs $shared; }"
 }
 
-archive=$(mktemp)
+archive=$(mktemp) pause=${PAUSE:-60} tries=${TRIES:-1440} losses=16
 trap 'rm -f "$archive"' EXIT
 while :; do
-  prepare
+  if ! prepare; then
+    if (( --tries <= 0 )); then exit 1; fi
+    sleep "$pause"
+    continue
+  fi
   status=0
-  on_all_hosts "cd proglora && exec ~/environment/bin/python -m proglora_jax.main \\
+  on_all_hosts "cd proglora && echo \$\$ > ~/proglora.pid && exec ~/environment/bin/python -m proglora_jax.main \\
     --config $config --workdir $shared/$workdir --distributed --stopped_exit_code 75$flags" || status=$?
-  now=$(state)
-  if (( status == 0 || dry )); then exit; fi
-  # a slice that is still there has failed for another reason than preemption, unless the run says that it was stopped
-  if [[ $now == READY ]] && (( status != 75 )); then exit "$status"; fi
-  if [[ -n $now && $now != READY ]]; then tpu_vm delete "$NAME" --quiet; fi
-  sleep "${PAUSE:-60}"
+  case $status in
+    0) exit ;;
+    75) ;;  # stopped, to be continued
+    76 | 134 | 137 | 255)  # a process or the connection is lost; of a slice that is being taken away the state says so minutes later
+      for (( poll = 0; poll < 10; poll++ )); do if [[ $(state) == READY ]]; then sleep "$pause"; else break; fi; done
+      if (( poll == 10 && --losses < 0 )); then exit "$status"; fi ;;
+    *) if [[ $(state) == READY ]]; then exit "$status"; fi ;;  # a failure that would come again
+  esac
+  sleep "$pause"
 done

@@ -217,26 +217,63 @@ def test_cloud_tpu_makes_the_slice_once_and_runs_on_all_hosts(stubs, tmp_path):
     make("git")  # no files: the archive is empty
     subprocess.run(["bash", LAUNCH / "tpu_vm.sh", "c.py", "runs/a", "--config.a=b c"], env=environment | TPU, check=True)
     verbs = [call[3] for call in calls("gcloud") if len(call) > 3]
-    assert verbs[:3] == ["describe", "create", "scp"] and set(verbs[3:]) == {"ssh", "describe"}
+    assert verbs[:3] == ["describe", "create", "scp"] and set(verbs[3:]) == {"ssh"}
     last = (tmp_path / "calls").read_text().rpartition("proglora_jax.main")[2].split("--zone")[0].replace("\\\n", " ").split("|")[0]
     expected = "--config c.py --workdir /mnt/proglora/runs/a --distributed --stopped_exit_code 75 --config.a=b\\ c"
     assert last.split() == expected.split()
 
 
-@pytest.mark.parametrize("state, code, makes", [("PREEMPTED", 1, 2), ("READY", 75, 1), ("READY", 3, 1)])
-def test_cloud_tpu_goes_on_after_preemption_and_not_after_a_failure(stubs, tmp_path, state, code, makes):
-    environment, make, calls = stubs
-    # the run ends with the code once, and well the second time; the slice is there when its marker is
-    make("gcloud", f"""here={tmp_path}/here ran={tmp_path}/ran
+# describe, create and delete follow a marker; the run ends with a code so many times, and then well
+GCLOUD = """here={0}/here ran={0}/ran
 case "$4" in
   create) touch $here ;;
   delete) rm $here ;;
-  describe) if [[ -e $here ]]; then if [[ -e $ran && {state} != READY ]]; then echo {state}; else echo READY; fi; fi ;;
-  ssh) if [[ $* == *proglora_jax.main* ]]; then if [[ -e $ran ]]; then rm $ran; exit 0; else touch $ran; exit {code}; fi; fi ;;
-esac""")
+  describe) if [[ -e $here ]]; then {1} echo READY; fi ;;
+  ssh) if [[ $* == *proglora_jax.main* ]]; then echo x >> $ran; if (( $(wc -l < $ran) <= {2} )); then exit {3}; fi; rm -f $here.gone; fi ;;
+esac"""
+
+
+def tpu(stubs, gcloud: str) -> tuple[int, list[str], int]:
+    """(exit code, gcloud's verbs, how often the run began) of launch/tpu_vm.sh with a stub of gcloud."""
+    environment, make, calls = stubs
+    make("gcloud", gcloud)
     make("git")
     done = subprocess.run(["bash", LAUNCH / "tpu_vm.sh", "c.py", "runs/a"], env=environment | TPU, timeout=30)
-    verbs = [call[3] for call in calls("gcloud") if len(call) > 3]
-    assert done.returncode == (code if code == 3 else 0)
-    assert verbs.count("create") == makes and verbs.count("delete") == makes - 1
-    assert sum("proglora_jax.main" in line for line in (tmp_path / "calls").read_text().splitlines()) == (1 if code == 3 else 2)
+    began = sum("proglora_jax.main" in call for call in (Path(environment["PATH"].split(":")[0]).parent / "calls").read_text().splitlines())
+    return done.returncode, [call[3] for call in calls("gcloud") if len(call) > 3], began
+
+
+@pytest.mark.parametrize("code, times, ends, begins", [
+    (75, 1, 0, 2),  # stopped, to be continued
+    (3, 1, 3, 1),  # failed, on a slice that is there
+    (255, 3, 0, 4), (LOST, 1, 0, 2), (134, 1, 0, 2),  # the connection, or a process, is lost
+    (LOST, 99, LOST, 17),  # again and again
+])  # fmt: skip
+def test_cloud_tpu_goes_on_on_a_slice_that_is_there_after_a_loss_and_not_after_a_failure(stubs, tmp_path, code, times, ends, begins):
+    status, verbs, began = tpu(stubs, GCLOUD.format(tmp_path, "", times, code))
+    assert (status, began, verbs.count("create"), verbs.count("delete")) == (ends, begins, 1, 0)
+
+
+@pytest.mark.parametrize("code", [1, 75, 255])
+def test_cloud_tpu_makes_a_slice_again_that_was_taken_away(stubs, tmp_path, code):
+    """Also where its state says so only some time after the connection was lost."""
+    late = 3 if code == 255 else 0
+    asked = "$(echo >> $here.gone; wc -l < $here.gone)"
+    gone = f"if [[ -e $ran && $(wc -l < $ran) == 1 ]] && (( {asked} > {late} )); then echo PREEMPTED; exit; fi;"
+    status, verbs, began = tpu(stubs, GCLOUD.format(tmp_path, gone, 1, code))
+    assert (status, began, verbs.count("create"), verbs.count("delete")) == (0, 2, 2, 1)
+
+
+@pytest.mark.parametrize("verb, fails", [("create", 4), ("scp", 3), ("ssh", 2), ("delete", 2)])
+def test_cloud_tpu_tries_again_where_there_is_no_room_or_a_host_does_not_answer_yet(stubs, tmp_path, verb, fails):
+    gone = "if [[ -e $ran && $(wc -l < $ran) == 1 && ! -e $here.gone ]]; then echo PREEMPTED; exit; fi;"
+    refuse = f'if [[ $4 == {verb} ]]; then echo x >> {tmp_path}/no; if (( $(wc -l < {tmp_path}/no) <= {fails} )); then exit 1; fi; fi\n'
+    stub = GCLOUD.format(tmp_path, gone, 1, 255).replace("delete) rm $here", "delete) rm $here; touch $here.gone")
+    status, verbs, began = tpu(stubs, refuse + stub)
+    assert (status, began, verbs.count(verb) > fails) == (0, 2, True)
+
+
+def test_cloud_tpu_does_not_try_for_ever(stubs, monkeypatch):
+    monkeypatch.setitem(TPU, "TRIES", "5")
+    status, verbs, began = tpu(stubs, '[[ $4 != create ]]')
+    assert (status, began, verbs.count("create")) == (1, 0, 5)
