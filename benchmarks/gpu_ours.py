@@ -112,7 +112,8 @@ def _mfu(case: Case, sizes: Sizes, side: Ours, ms: float, peak: float) -> dict[s
     """Work of a step by `roofline.training_work`, credited and in all, and the share of the chip's peak that the credited part is."""
     stage = side.stage
     cost = side.settings.method.cost(stage.state.params, stage.info, stage.phases[0].phase)
-    work = training_work(sizes.config, side.llava.targets(), case.positions, sizes.labels, case.remat, cost)
+    attention = side.settings.model.attention
+    work = training_work(sizes.config, side.llava.targets(), case.positions, sizes.labels, case.remat, cost, attention)
     known = {"model_flops": case.rows * work.model, "total_flops": case.rows * work.total}
     return known | ({"mfu": case.rows * work.model / (ms / 1e3) / peak, "of_peak": case.rows * work.total / (ms / 1e3) / peak}
                     if peak else {})

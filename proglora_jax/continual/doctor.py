@@ -222,7 +222,7 @@ def _speeds(settings: Settings, stages, machine: Machine, mesh: Any, llava: Any,
 def _work(settings: Settings, llava: Any, positions: int, phase: shapes.StageShapes) -> roofline.Work:
     """Work of a row in a phase."""
     cost, labels = settings.method.cost(phase.state.params, phase.info, phase.phase), settings.data.buckets[0][1]
-    return roofline.training_work(llava.config, llava.targets(), positions, labels, settings.model.remat, cost)
+    return roofline.training_work(llava.config, llava.targets(), positions, labels, settings.model.remat, cost, settings.model.attention)
 
 
 def _compiled(plan: MemoryPlan) -> str:

@@ -22,13 +22,19 @@ def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in ("sharding_constraint", "dynamic_slice", "squeeze")
 
 
+def _named(*names: str) -> Callable:
+    """Keeps the values of these names, and what cuDNN's attention gives its backward pass, output and statistics, which has none."""
+    kernel = lambda primitive, *_, **__: primitive.name == "dot_product_attention_fwd_wrapper"
+    return _policies.save_from_both_policies(_policies.save_only_these_names(*names), kernel)
+
+
 _policies = jax.checkpoint_policies
 REMAT_POLICIES: dict[str, Callable] = {
     "none": _all_but_weights,
     "full": _policies.nothing_saveable,
     "dots": _policies.dots_with_no_batch_dims_saveable,
-    "qkvo": _policies.save_only_these_names("query", "key", "value", "attention", "low_rank"),
-    "qkvo_mlp": _policies.save_only_these_names(*SAVED_NAMES),
+    "qkvo": _named("query", "key", "value", "attention", "low_rank"),
+    "qkvo_mlp": _named(*SAVED_NAMES),
 }
 
 
@@ -39,7 +45,7 @@ def remat(body: Callable, policy: str) -> Callable:
         body: (carry, layer) -> (carry, output), the body of a scan.
         policy: "none" keeps everything, "full" only the carry, "dots" the outputs of the linears, "qkvo" what attention
             reads and writes, "qkvo_mlp" that, the residual stream between attention and MLP, and the MLP's two inner linears
-            (only norms, rotations and activations are recomputed).
+            (norms, rotations and activations are recomputed, and the scores of XLA's attention; of a fused attention nothing is).
 
     Raises:
         ValueError: "remat='<policy>' is unknown: choose one of none, full, ..."

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from proglora_jax.models.splash import fits, splash_attention
 
@@ -197,13 +198,15 @@ def attention(
         until: i32[B, T], the last key that each query sees; None shows all.
 
     Returns:
-        [B, T, N, H] in query's dtype.
+        [B, T, N, H] in query's dtype; XLA's carries the name "attention". Of a fused kernel the policies that keep this name keep what its
+        backward pass reads, the output among it, instead of the output alone.
     """
     if implementation == "splash":
         if causal and key_lengths is None and until is None and fits(query.shape[-1]):
             return splash_attention(query, key, value)
         implementation = "xla"
     mask = None if until is None else (jnp.arange(key.shape[1]) <= until[..., None])[:, None]  # [B, 1, T, S]
-    return jax.nn.dot_product_attention(
+    mixed = jax.nn.dot_product_attention(
         query, key, value, mask=mask, is_causal=causal, key_value_seq_lengths=key_lengths, implementation=implementation
     )
+    return mixed if implementation == "cudnn" else checkpoint_name(mixed, "attention")

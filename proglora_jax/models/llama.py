@@ -95,8 +95,7 @@ class LlamaLayer(nnx.Module):
         key = checkpoint_name(rotate(key.reshape(heads), *rotation), "key")
         value = checkpoint_name(value.reshape(heads), "value")
         mixed, kept = attend(query, key, value)  # [B, K, N, H]
-        mixed = checkpoint_name(mixed.reshape(*mixed.shape[:2], -1), "attention")
-        h = checkpoint_name(h + linears(mixed, "o_proj")[0], "residual")
+        h = checkpoint_name(h + linears(mixed.reshape(*mixed.shape[:2], -1), "o_proj")[0], "residual")
         gate, up = linears(self.post_attention_layernorm(h), "gate_proj", "up_proj")
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return h + linears(activation("silu")(gate) * up, "down_proj")[0], kept

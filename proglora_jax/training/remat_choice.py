@@ -21,7 +21,7 @@ from proglora_jax.training.step import Remat
 KEEPS_MOST_FIRST = ("none", "qkvo_mlp", "qkvo", "full")
 """What "auto" chooses from; "dots" computes more again than "qkvo_mlp" and keeps more."""
 UNKNOWN = "qkvo_mlp"
-"""Where nobody says how much memory there is: only norms, rotations and activations are computed again."""
+"""Where nobody says how much memory there is: norms, rotations and activations are computed again, of the matmuls at most XLA's scores."""
 
 
 def policy_for(

@@ -31,7 +31,9 @@ class Work:
     total: float
 
 
-def training_work(config: LlavaConfig, targets: Targets, positions: int, labels: int, remat: str, cost: Cost) -> Work:
+def training_work(
+    config: LlavaConfig, targets: Targets, positions: int, labels: int, remat: str, cost: Cost, attention: str = "cudnn"
+) -> Work:
     """One row's forward and backward pass with a frozen backbone.
 
     Args:
@@ -41,6 +43,7 @@ def training_work(config: LlavaConfig, targets: Targets, positions: int, labels:
         labels: supervised positions, K.
         remat: rematerialisation policy.
         cost: what the method adds.
+        attention: implementation by name; "xla" keeps no scores, and "qkvo" and "qkvo_mlp" compute them again.
     """
     text = config.text_config
     whole, ran = _Pass(config, targets, positions, positions), _Pass(config, targets, positions, positions if cost.whole else labels)
@@ -56,6 +59,7 @@ def training_work(config: LlavaConfig, targets: Targets, positions: int, labels:
         work += ran.low_rank(cost.teacher, cost.teacher) + projected
     names, kept = _AGAIN[remat], ran.scanned()  # the last layer's backward pass follows at once, there is nothing to compute again
     work += sum(kept.linears(name) for name in names if name in targets.linears) + kept.attention() * ("attention" in names)
+    work += kept.attention() / 2 * (attention == "xla" and remat in ("qkvo", "qkvo_mlp"))
     work += kept.low_rank(cost.frozen + cost.down, cost.frozen + cost.up) * ("low_rank" in names)
     work += 2 * head * (cost.words == "all")  # of both passes, since these scores never exist at once
     projector = 2 * projected + 2 * config.image_tokens * text.hidden_size**2  # no gradient goes into the vision tower

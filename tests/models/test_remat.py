@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from proglora_jax.core import stack
 from proglora_jax.core.types import Adapter, each_linear
+from proglora_jax.models.layers import Settings
 from proglora_jax.models.llava import random_llava
 from proglora_jax.models.presets import ClipConfig, LlamaConfig, LlavaConfig
 
@@ -64,3 +68,47 @@ def test_policies_recompute_what_they_say(setup):
     assert extra["qkvo_mlp"] == 1  # attention scores
     assert extra["qkvo_mlp"] < extra["qkvo"] < extra["full"]
     assert extra["none"] == 0 < extra["dots"] < extra["qkvo"]
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """(loss(attention, policy), leaves) of a model that fused kernels take, to be traced: neither a GPU nor a TPU is here."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+    text = LlamaConfig(32, 256, 40, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2)
+    llava = random_llava(dataclasses.replace(CONFIG, text_config=text), seed=3)
+    x = jnp.ones((2, 128, 256), jnp.bfloat16)
+    shapes = {name: {"a": (3, d, 4), "b": (3, 4, o)} for name, (d, o) in llava.targets().linears.items()}
+    leaves = jax.tree.map(lambda shape: jnp.ones(shape, jnp.bfloat16), shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+    def loss(attention, policy):
+        model = llava.with_settings(Settings("bfloat16", attention))
+        decode = lambda leaves: model.decode(x, adapter=Adapter(leaves, {}, None, each_linear(delta)), remat=policy)
+        return lambda leaves: jnp.sum(decode(leaves).hidden.astype(jnp.float32))
+
+    return loss, leaves
+
+
+def traced(fused, attention, policy):
+    """The gradient's program."""
+    loss, leaves = fused
+    return jax.make_jaxpr(jax.grad(loss(attention, policy)))(leaves)
+
+
+def test_cudnn_s_attention_is_not_run_again(fused):
+    runs = {policy: str(traced(fused, "cudnn", policy)).count("dot_product_attention_fwd_wrapper[") for policy in stack.REMAT_POLICIES}
+    assert runs == {"none": 1, "full": 2, "dots": 2, "qkvo": 1, "qkvo_mlp": 1}
+
+
+@pytest.mark.parametrize("attention", ["cudnn", "splash"])
+def test_of_a_fused_attention_output_and_statistics_are_kept_once(fused, attention):
+    def kept(attention, policy):
+        """Bytes that the forward pass over the layers leaves to the backward pass."""
+        forward, _ = (eqn for eqn in traced(fused, attention, policy).eqns if eqn.primitive.name == "scan")
+        left = forward.outvars[forward.params["num_carry"] :]
+        return sum(math.prod(one.aval.shape) * one.aval.dtype.itemsize for one in left)
+
+    statistics = 3 * 2 * 2 * 128 * 4  # of layers, rows, heads and positions, in float32
+    assert [kept(attention, policy) - kept("xla", policy) for policy in ("qkvo", "qkvo_mlp")] == [statistics] * 2

@@ -43,11 +43,11 @@ def test_the_7b_step_computes_what_the_roofline_says(remat):
     mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
     stage = last_stage(settings, llava)
     traced = programs.trace_train_step(settings, llava, stage, 8, (704, 64), mesh)
-    planned = roofline.training_work(llava.config, llava.targets(), 704, 64, remat, BLOCKS)
+    planned = roofline.training_work(llava.config, llava.targets(), 704, 64, remat, BLOCKS, "xla")
     total = matmul_work(traced.jaxpr).total / 8
     # XLA's attention computes both halves of the causal square, and what is over the diagonal is thrown away
-    square = 2 * 704**2 * 4096 * 31 * (4 if remat == "full" else 3)
-    assert total == pytest.approx(planned.total + square, rel=0.01)
+    square = 2 * 704**2 * 4096 * 31 * (4 if remat == "full" else 3.5)
+    assert total == pytest.approx(planned.total + square, rel=0.002)
 
 
 def test_collectives_are_found_with_their_sizes_and_how_often_they_run():
