@@ -75,7 +75,7 @@ def compile_ahead(config: Mapping[str, Mapping[str, Any]], order: Order) -> dict
     settings = from_config(values)
     mesh = described_mesh(settings, order.topology)
     first = mesh.devices.flat[0]
-    settings, _ = choose_attention(settings, first.platform, first)
+    settings, reason = choose_attention(settings, first.platform, first)
     chip = roofline.chip_of(first.device_kind)
     sizes, source = model_sizes(settings.model)
     llava = shapes.abstract_backbone(sizes, settings.model)
@@ -88,6 +88,7 @@ def compile_ahead(config: Mapping[str, Mapping[str, Any]], order: Order) -> dict
     report = {
         "topology": order.topology, "chips": int(mesh.size), "chip": chip.name, "hbm": chip.hbm, "mesh": dict(mesh.shape),
         "model": source, "method": settings.method.name, "remat": settings.model.remat, "attention": settings.model.attention,
+        "attention_reason": reason,
         "micro_batches": settings.train.micro_batches, "trainable_bytes": trees.count_bytes(trainable),
         "backbone_bytes": trees.count_bytes(llava.to_tree()), "backbone_bytes_per_chip": memory.backbone_bytes(llava, mesh),
         "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu", "flax")},

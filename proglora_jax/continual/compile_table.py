@@ -24,6 +24,8 @@ def compile_text(report: Mapping[str, Any]) -> str:
         f"backbone {report['backbone_bytes'] / 1e9:.2f} GB, {report['backbone_bytes_per_chip'] / 1e9:.2f} GB of it on a chip; trainable "
         f"{report['trainable_bytes'] / 1e6:.1f} MB",
     ]
+    if reason := report.get("attention_reason"):  # reports of earlier versions do not say it
+        lines.append(f"attention {report['attention']}: {reason}")
     for program in report["programs"]:
         lines += ["", *_program(program, report["hbm"])]
     if report["advice"]:

@@ -77,8 +77,8 @@ def join(address: str, count: int, number: int, auto: bool) -> None:
 def leave_together() -> Iterator[None]:
     """Around a run: an error in one of several processes ends this one at once, so that the others notice; alone it changes nothing.
 
-    Python's own end would wait for the other processes, which wait for this one in a program that it will never join. The exit code is 1 for
-    what would fail again, LOST for what another process, or a device, has done.
+    Python's own end would wait for the other processes, which wait for this one in a program that it will never join. The exit code is 1
+    for what would fail again, LOST for what another process, or a device, has done.
     """
     try:
         yield

@@ -16,9 +16,10 @@ import tiny_run
 from proglora_jax import tools
 from proglora_jax.continual import compile_ahead
 from proglora_jax.continual.compile_ahead import Order
+from proglora_jax.core.mesh import make_mesh
 from proglora_jax.data.errors import UserError
 from proglora_jax.models import presets
-from proglora_jax.training import programs
+from proglora_jax.training import attention_choice, programs
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed: pip install -e '.[aot]'")
@@ -66,12 +67,29 @@ def test_heads_as_wide_as_the_real_models_get_the_fused_attention(tiny, monkeypa
     with jax.default_matmul_precision("default"):  # that of a run; these tests' own, the highest, is not for bfloat16 kernels
         assert tools.main([*tiny, "--config.evaluate.share_prefix=off", "--json", str(path), "--hlo", str(tmp_path / "hlo")]) == 0
     report = json.loads(path.read_text())
-    assert report["attention"] == "splash"
+    assert report["attention"] == "splash" and report["attention_reason"] == "fused kernel on TPU"
     for program in ("train", "answer"):
         assert "splash" in (tmp_path / "hlo" / f"{program}_128.txt").read_text()
     (train, _) = report["programs"]
     gathered = [one["bytes"] for one in train["collectives"] if one["kind"] == "all-gather"]
     assert gathered and max(gathered) <= 2 * 256 * 256, "weights in bfloat16 alone"
+
+
+def test_the_report_says_why_the_fused_attention_was_not_taken(tiny, monkeypatch, capsys, tmp_path):
+    """The kernel's failure is played, and nothing is compiled: the described chips are this machine's."""
+
+    def fails(kernel, dtype, device):
+        raise NotImplementedError("Mosaic failed to compile: no such layout\nand more")
+
+    monkeypatch.setattr(attention_choice, "_compile", fails)
+    monkeypatch.setattr(attention_choice, "KERNELS", {"cpu": "splash"})
+    monkeypatch.setattr(compile_ahead, "described_mesh", lambda *_: make_mesh({"data": 1, "fsdp": 4, "model": 1}, jax.devices()[:4]))
+    refused = {"rows": 8, "positions": 128, "fits": False, "error": "?"}
+    monkeypatch.setattr(compile_ahead, "_compile", lambda plan, name, *_: {"program": name, **refused})
+    assert tools.main([*tiny, "--json", str(tmp_path / "report.json")]) == 1
+    why = "the kernel splash does not compile here (Mosaic failed to compile: no such layout)"
+    assert json.loads((tmp_path / "report.json").read_text())["attention_reason"] == why
+    assert f"attention xla: {why}" in capsys.readouterr().out
 
 
 @needs_compiler
