@@ -111,7 +111,7 @@ def train_phase(
     """
     key = jax.random.key(plan.seed)
     waiting: collections.deque = collections.deque()
-    tokens, first, told = 0, state.step, Round(stop)
+    tokens, first, told, parts = 0, state.step, Round(stop), meshes.row_share(mesh)[1]
 
     def settle(most: int) -> None:
         """Reads losses until at most so many steps are in flight, and logs those steps that are due."""
@@ -151,7 +151,7 @@ def train_phase(
             state.trainable, state.optimizer, frozen, memory, llava, meshes.put_batch(batch, mesh), control)
         state.running = metrics.pop("running", state.running)
         state.step += 1
-        read = int(batch["length"].sum()) * jax.process_count()
+        read = int(batch["length"].sum()) * parts
         waiting.append((state.step, metrics, rates[ADAPTER], read, batch["task_id"], batch["example"]))
 
         # ---- losses of the steps that have finished, a little behind; a line that is due is written while the next step runs
