@@ -43,9 +43,10 @@ def test_progress_is_dropped_by_all_processes_or_by_none_and_not_before_all_have
     batches = types.SimpleNamespace(set_state=places.append, get_state=lambda: {"next_index": 0})
     session = types.SimpleNamespace(chief=True, logger=types.SimpleNamespace(message=lambda text: None))
     state = PhaseState({"a": jnp.zeros(2)}, {"m": jnp.zeros(2)})
-    spent = phases._resume(session, progress, Phase(), origin, state, phases._PhaseData(batches, 9, str, {}))
+    spent = phases._resume(session, progress, (Phase(),), 0, origin, state, phases._PhaseData(batches, 9, str, {}))
     assert asked == [origin != "before"]
-    assert (progress.exists(), state.step, spent, places[-1]["next_index"]) == ((True, 3, 2.0, 3) if kept else (False, 0, 0.0, 0))
+    assert ((progress / "train_0000003").exists(), state.step, spent, places[-1]["next_index"]) == (
+        (True, 3, 2.0, 3) if kept else (False, 0, 0.0, 0))
     assert progress.with_name("progress_dropped").exists() == (not kept)
 
 

@@ -126,7 +126,8 @@ def ask(tmp_path, monkeypatch):
         session = SimpleNamespace(
             settings=SimpleNamespace(evaluate=SimpleNamespace(batch_size=2, prompt_lengths=(), share_prefix="off"),
                                      data=SimpleNamespace(threads=0)),
-            eval_loader=lambda mode: SimpleNamespace(bad=set(), cut=set(), on_bad="raise"), chief=True, mesh=None, llava=None, stop=stop,
+            eval_loader=lambda mode: SimpleNamespace(bad=set(), cut=set(), on_bad="raise"),
+            chief=True, mesh=None, llava=None, stop=stop, share=(0, 1),
             encoder=SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda tokens: f" word{tokens[0]}")),
             method=SimpleNamespace(fixed_at_test=True), generator=lambda new_tokens, by_image: generate,
         )  # fmt: skip
