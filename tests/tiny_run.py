@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,17 @@ import jax
 import numpy as np
 import pytest
 from absl import logging
+from jax.sharding import Mesh
 
 from proglora_jax import main
 from proglora_jax.checkpoints.hf_export import save_llava
 from proglora_jax.checkpoints.stage import load_checkpoint
+from proglora_jax.continual import session
 from proglora_jax.core import mesh as meshes
 from proglora_jax.data.synthetic import tokenizer as pieces
 from proglora_jax.models.llava import Llava
 from proglora_jax.models.presets import ClipConfig, LlamaConfig, LlavaConfig
+from proglora_jax.training import fisher, step
 from proglora_jax.training.base_recipe import initial_tree, processor_files
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -160,13 +163,36 @@ class Here:
         return self.folder / name
 
 
+def remembered(make: Callable) -> Callable:
+    """`make`, which gives the same program for the same arguments: a second run in this process neither traces nor compiles it again."""
+    known: dict[tuple, Any] = {}
+
+    def made(*arguments: Any) -> Any:
+        key = tuple(argument if isinstance(argument, Mesh) else repr(argument) for argument in arguments)
+        if key not in known:
+            known[key] = make(*arguments)
+        return known[key]
+
+    return made
+
+
+# Where a run's programs come from.
+PROGRAMS = ((step, "make_train_step"), (step, "make_probe"), (step, "make_generator"), (session, "make_prefix_generator"),
+            (fisher, "make_squared_gradients"))  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory) -> Iterator[Here]:
-    """Import it into a test file: its runs take the first of the simulated devices, and compile each program once."""
+    """Import it into a test file: its runs take the first of the simulated devices, and trace and compile each program once."""
     options = {name: getattr(jax.config, name) for name in CHANGED}
     make, level = meshes.make_mesh, logging.get_verbosity()
     meshes.make_mesh = lambda shape, devices=None: make(shape, devices or jax.devices()[:1])
+    own = {(module, name): getattr(module, name) for module, name in PROGRAMS}
+    for (module, name), function in own.items():
+        setattr(module, name, remembered(function))
     yield Here(tmp_path_factory.mktemp("here"))
+    for (module, name), function in own.items():
+        setattr(module, name, function)
     meshes.make_mesh = make
     logging.set_verbosity(level)
     for name, value in options.items():

@@ -37,14 +37,22 @@ def tiny(monkeypatch):
 
 
 @needs_compiler
-def test_the_programs_of_a_run_compile_for_a_slice(tiny, tmp_path, capsys):
+def test_the_programs_of_a_run_compile_for_a_slice(tiny, monkeypatch, tmp_path, capsys):
+    """On a mesh that splits the rows, with heads as wide as the real models': the fused kernel is there, and nothing but weights is gathered."""
+    wide = dataclasses.replace(tiny_llava.CONFIG.text_config, hidden_size=256, num_attention_heads=2, num_key_value_heads=2, head_dim=128)
+    monkeypatch.setitem(presets.PRESETS, "llava15_7b", lambda: dataclasses.replace(tiny_llava.CONFIG, text_config=wide))
     path = tmp_path / "report.json"
-    assert tools.main([*tiny, "--json", str(path), "--hlo", str(tmp_path / "hlo")]) == 0
+    with jax.default_matmul_precision("default"):  # that of a run; these tests' own, the highest, is not for bfloat16 kernels
+        assert tools.main([*tiny, "--json", str(path), "--hlo", str(tmp_path / "hlo")]) == 0
     report, text = json.loads(path.read_text()), capsys.readouterr().out
+    assert report["attention"] == "splash" and report["attention_reason"] == "fused kernel on TPU"
     train, answer, shared = report["programs"]
+    for program in (train, answer, shared):
+        compiled = (tmp_path / "hlo" / f"{program['program']}_128.txt").read_text()
+        assert compiled.startswith("HloModule") and "splash" in compiled
     assert [shared[name] for name in ("program", "rows", "images", "positions")] == ["answer_shared", 32, 16, 128]
     assert "answer_shared: 32 rows, 16 images, 128 positions" in text
-    assert 0 < shared["flops"] < 0.8 * answer["flops"] and shared["flops_per_new_token"] == answer["flops_per_new_token"]
+    assert 0 < shared["flops"] < 0.9 * answer["flops"] and shared["flops_per_new_token"] == answer["flops_per_new_token"]
     assert 0.9 < shared["flops_of_a_chip_to_its_share"] < 1.2, "no device reads what another does"
     assert (report["chips"], report["chip"], report["mesh"]) == (4, "TPU v5e", {"data": 1, "fsdp": 4, "model": 1})
     assert report["fits"] and not report["advice"] and f"{train['memory_total'] / 2**30:.2f} of 15.75 GiB a chip" in text
@@ -53,43 +61,8 @@ def test_the_programs_of_a_run_compile_for_a_slice(tiny, tmp_path, capsys):
     # the adapters' gradients and no others are summed (the projector's in bfloat16, as it is computed); what is gathered are weights
     summed = sum(one["bytes"] * one["times"] for one in train["collectives"] if one["kind"] == "all-reduce")
     assert report["trainable_bytes"] / 2 < summed <= report["trainable_bytes"] + 1024
-    gathered = [one for one in train["collectives"] if one["kind"] == "all-gather"]
-    assert gathered and max(one["bytes"] for one in gathered) <= 2 * 64 * 32
-    assert (tmp_path / "hlo" / "train_128.txt").read_text().startswith("HloModule")
-
-
-@needs_compiler
-def test_heads_as_wide_as_the_real_models_get_the_fused_attention(tiny, monkeypatch, tmp_path):
-    """On a mesh that splits the rows: the kernel is in both programs, and nothing but weights is gathered."""
-    text = dataclasses.replace(tiny_llava.CONFIG.text_config, hidden_size=256, num_attention_heads=2, num_key_value_heads=2, head_dim=128)
-    monkeypatch.setitem(presets.PRESETS, "llava15_7b", lambda: dataclasses.replace(tiny_llava.CONFIG, text_config=text))
-    path = tmp_path / "report.json"
-    with jax.default_matmul_precision("default"):  # that of a run; these tests' own, the highest, is not for bfloat16 kernels
-        assert tools.main([*tiny, "--config.evaluate.share_prefix=off", "--json", str(path), "--hlo", str(tmp_path / "hlo")]) == 0
-    report = json.loads(path.read_text())
-    assert report["attention"] == "splash" and report["attention_reason"] == "fused kernel on TPU"
-    for program in ("train", "answer"):
-        assert "splash" in (tmp_path / "hlo" / f"{program}_128.txt").read_text()
-    (train, _) = report["programs"]
     gathered = [one["bytes"] for one in train["collectives"] if one["kind"] == "all-gather"]
     assert gathered and max(gathered) <= 2 * 256 * 256, "weights in bfloat16 alone"
-
-
-def test_the_report_says_why_the_fused_attention_was_not_taken(tiny, monkeypatch, capsys, tmp_path):
-    """The kernel's failure is played, and nothing is compiled: the described chips are this machine's."""
-
-    def fails(kernel, dtype, device):
-        raise NotImplementedError("Mosaic failed to compile: no such layout\nand more")
-
-    monkeypatch.setattr(attention_choice, "_compile", fails)
-    monkeypatch.setattr(attention_choice, "KERNELS", {"cpu": "splash"})
-    monkeypatch.setattr(compile_ahead, "described_mesh", lambda *_: make_mesh({"data": 1, "fsdp": 4, "model": 1}, jax.devices()[:4]))
-    refused = {"rows": 8, "positions": 128, "fits": False, "error": "?"}
-    monkeypatch.setattr(compile_ahead, "_compile", lambda plan, name, *_: {"program": name, **refused})
-    assert tools.main([*tiny, "--json", str(tmp_path / "report.json")]) == 1
-    why = "the kernel splash does not compile here (Mosaic failed to compile: no such layout)"
-    assert json.loads((tmp_path / "report.json").read_text())["attention_reason"] == why
-    assert f"attention xla: {why}" in capsys.readouterr().out
 
 
 @needs_compiler

@@ -263,11 +263,12 @@ def test_a_workdir_has_one_process(place, clean):
     assert text == f"error: --workdir={clean}: another process is using it; wait for it or choose another folder\n"
 
 
-def test_eight_devices_go_on_with_what_one_began(place, clean):
-    workdir = copy(clean, place.folder / "eight")
+def test_two_devices_go_on_with_what_one_began(place, clean):
+    """Eight do in test_processes.py."""
+    workdir = copy(clean, place.folder / "two")
     shutil.rmtree(workdir / THIRD)
-    text = place.finish(workdir, devices=8, evaluate__batch_size=8)
-    assert "8 device(s)" in text and "stage 2/3" not in text and "stage 3/3 OCRVQA train step 8/8" in text
+    text = place.finish(workdir, devices=2)
+    assert "2 device(s)" in text and "stage 2/3" not in text and "stage 3/3 OCRVQA train step 8/8" in text
     ours, theirs = tiny_run.outcome(workdir), tiny_run.outcome(clean)
     changed = tiny_run.differences(ours, theirs)
     assert [name for name in changed if not name.startswith(("02_ocrvqa", "gates"))] == []
