@@ -38,7 +38,7 @@ def tiny(monkeypatch):
 
 @needs_compiler
 def test_the_programs_of_a_run_compile_for_a_slice(tiny, monkeypatch, tmp_path, capsys):
-    """On a mesh that splits the rows, with heads as wide as the real models': the fused kernel is there, and nothing but weights is gathered."""
+    """On a mesh that splits the rows, with heads as wide as the real models': the fused kernel is there, and only weights are gathered."""
     wide = dataclasses.replace(tiny_llava.CONFIG.text_config, hidden_size=256, num_attention_heads=2, num_key_value_heads=2, head_dim=128)
     monkeypatch.setitem(presets.PRESETS, "llava15_7b", lambda: dataclasses.replace(tiny_llava.CONFIG, text_config=wide))
     path = tmp_path / "report.json"
