@@ -23,7 +23,8 @@ class Pooled(Method):
     Attributes:
         fuse: "delta" (sum of the blocks' outputs) or "factor" (fused factors), see `lowrank.mix_ranks`.
         pool_chunk: slots are allocated in chunks of this many; 0 allocates all at once, which means one compile for the
-            whole sequence; 1 means a compile per stage and no wasted FLOPs.
+            whole sequence; 1 means a compile per stage and no wasted FLOPs. Without empty slots the first stage has plain LoRA's
+            losses to the last bit; sums over empty slots add zeros, in an order of their own, and so differ by rounding.
     """
 
     fuse: str = "delta"
