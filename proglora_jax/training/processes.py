@@ -154,11 +154,6 @@ class Round:
         """Whether the run is to stop: as all processes have heard it."""
         return self._stop.requested if self._alone else self._heard == STOP
 
-    @property
-    def heard_stop(self) -> bool:
-        """Whether the results that were read so far say so."""
-        return self._heard == STOP
-
     def failure(self) -> UserError:
         """The error of the process that could not read its rows; in the others a sentence that points there."""
         return self._error or UserError("another process of the run could not read its rows; its log says which. The progress is saved")
