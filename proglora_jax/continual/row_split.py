@@ -52,8 +52,7 @@ def split_problem(settings: Settings, rows: Mapping[str, int], ways: int) -> str
         ways: devices that share a batch.
     """
     # Where replayed rows have a mean of their own there are no groups, but in the first stage, which replays nothing.
-    apart = getattr(settings.method, "replay_mix", "") == "separate_batch"
-    grouped = dict(list(rows.items())[:1]) if apart else rows
+    grouped = dict(list(rows.items())[:1]) if settings.method.replays_apart else rows
     return _uneven(rows, settings.train, ways) or _uneven_groups(grouped, settings.train, ways)
 
 

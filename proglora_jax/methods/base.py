@@ -63,6 +63,7 @@ class Method:
             that depends on hyper-parameters.
         joint: whether there is one stage for all tasks, instead of one for each.
         trains: whether any stage has training.
+        replays_apart: whether replayed rows have a mean of their own in every batch (`Replay.mix` is "separate_batch").
         stored_beside: first names in the paths of `to_disk` below which there are no parameters of the model, but features, statistics
             or a teacher.
         grows_by_data: whether the data decide what is stored; `stored_parameters` of shapes is then the most that it can be.
@@ -90,6 +91,7 @@ class Method:
     isolated_as: ClassVar[str] = "lora"
     joint: ClassVar[bool] = False
     trains: ClassVar[bool] = True
+    replays_apart: ClassVar[bool] = False
     stored_beside: ClassVar[tuple[str, ...]] = ("memory",)
     grows_by_data: ClassVar[bool] = False
     fixed_at_test: ClassVar[bool] = False

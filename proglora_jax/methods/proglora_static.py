@@ -44,6 +44,11 @@ class ProgLoRAStatic(Pooled):
     keeps_forward: ClassVar[bool] = False
     fixed_at_test: ClassVar[bool] = True
 
+    @property
+    def replays_apart(self) -> bool:
+        """By `replay_mix`."""
+        return self.replay_mix == "separate_batch"
+
     def __post_init__(self):
         super().__post_init__()
         require_choice("weights", self.weights, ("similarity", "ones"))
