@@ -13,7 +13,7 @@ not fit, fails or hangs leaves a row with the reason, and a fresh process goes o
 which takes longer. Every result is written at once: events.jsonl as they come, gpu.json and gpu.md after each series, gpu.png at the end.
 The costliest kernels of a step are listed for the main case, or for those that --profile names, and their programs are compiled once more,
 from the cache; a profiler that fails costs no result. A benchmark that goes on keeps what did not fit: without --go-on all is tried again.
-Five of the seven series are expected to fit into one call; a second one takes the rest, in fifteen minutes all together:
+The first series are expected to fit into one call; a second one takes the rest, in fifteen minutes all together:
 --budget 570, then events.jsonl into the second call's folder and --go-on --budget 200.
 """
 

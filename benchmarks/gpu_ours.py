@@ -18,6 +18,7 @@ from sides.ours import Ours
 from sides.rows import random_batch
 
 from proglora_jax.training.attention_choice import choose_attention
+from proglora_jax.training.loop_choice import choose_unroll
 from proglora_jax.training.roofline import chip_of, training_work
 from proglora_jax.training.settings import Settings, from_config
 
@@ -54,7 +55,7 @@ def settings_of(case: Case, sizes: Sizes) -> Settings:
     if case.pool == "loop":
         fields = {field.name: getattr(settings.method, field.name) for field in dataclasses.fields(settings.method)}
         settings = dataclasses.replace(settings, method=ours.LoopedProgLoRA(**fields))
-    return choose_attention(settings, jax.default_backend())[0]
+    return choose_attention(choose_unroll(settings, jax.default_backend()), jax.default_backend())[0]
 
 
 def _compiled(case: Case, sizes: Sizes, lines: Lines | None = None) -> tuple[Ours, Any, float]:

@@ -68,7 +68,7 @@ def ratios(rows: list[Row]) -> dict[str, float | None]:
     def pick(side: str, what: str, **fields: Any) -> list[Row]:
         return [row for row in here if all(row["fields"][key] == value for key, value in ({"side": side, "what": what} | fields).items())]
 
-    plain = {"pool": "fused", "attention": "auto", "remat": "qkvo_mlp", "dropout": 0.0, "unroll": 1}
+    plain = {"pool": "fused", "attention": "auto", "remat": "qkvo_mlp", "dropout": 0.0, "unroll": 0}
     # By their sizes, so that the same lines serve the tiny ones: the middle length, the small rank.
     lengths = sorted({row["fields"]["positions"] for row in rows if row["fields"]["what"] == "train"})
     ranks = sorted({row["fields"]["rank"] for row in rows})
@@ -79,13 +79,15 @@ def ratios(rows: list[Row]) -> dict[str, float | None]:
     answers, theirs = pick("ours", "answer"), pick("peers", "answer")
     checked, free = (pick("peers", "train", blocks=8, remat=remat, compiled=False) for remat in ("full", "none"))
     one, peers_one = pick("ours", "train", blocks=1, rank=small, **plain), pick("peers", "train", blocks=1, compiled=False)
-    main = [row for row in pool if loop and row["fields"]["rows"] == loop[0]["fields"]["rows"]] or \
-           [row for row in pool if one and row["fields"]["rows"] == one[0]["fields"]["rows"]]
+    main = [row for row in pool if one and row["fields"]["rows"] == one[0]["fields"]["rows"]]
+    in_loop = plain | {"unroll": 1}  # over layers: to compile every block of every layer would take too long
+    looped = [row for row in pick("ours", "train", rank=small, **in_loop) if loop and row["fields"]["rows"] == loop[0]["fields"]["rows"]]
     values = (
         max((row["mfu"] for row in pool if "mfu" in row), default=None),
-        _by(main, one, "ms"), _by(pick("ours", "train", blocks=8, rank=large, **plain), pick("ours", "train", blocks=1, rank=large), "ms"),
-        _by(loop, main, "ms"), _by(pool, checked), _by(pool, checked + free), _by(one, peers_one), _best(answers),
-        _by(answers, [row for row in theirs if row["fields"]["rows"] == 1]), _by(answers, theirs),
+        _by(main, one, "ms"), _by(*(pick("ours", "train", blocks=blocks, rank=large, **in_loop) for blocks in (8, 1)), "ms"),
+        _by(loop, looped, "ms"), _by(pool, checked), _by(pool, checked + free), _by(one, peers_one), _best(answers),
+        _by(answers, [row for row in theirs if row["fields"]["rows"] == 1]),
+        _by(answers, [row for row in theirs if row["fields"]["rows"] > 1]),
         main[0]["planned_bytes"] / 1e9 if main and "planned_bytes" in main[0] else None,
         *(main[0].get(field) if main else None for field in ("compile_s", "compile_cached_s")),
     )  # fmt: skip
@@ -126,7 +128,8 @@ def _text(rows: list[Row], sizes: Sizes, found: dict, seconds: float, drawn: boo
         "allocator's, of a process so far.", "",
     ]
     lines += [] if not drawn else ["![Samples a second](gpu.png)", ""]
-    lines += ["## Goals (7B on one H100)", "", "| | | must | target | stretch | measured |", "|---|---|---:|---:|---:|---:|"]
+    lines += [] if sizes.tiny else ["What the profiles say, before and after: [gpu_notes.md](gpu_notes.md).", ""]
+    lines += ["## Goals (set for 7B on one H100)", "", "| | | must | target | stretch | measured |", "|---|---|---:|---:|---:|---:|"]
     for name, kind, *wanted in GOALS:
         lines.append(f"| {name} | {kind} | {' | '.join(f'{value:g}' for value in wanted)} | {_number(found[name], '.3g')} |")
     for what, title in (("train", "Training"), ("answer", "Answering")):

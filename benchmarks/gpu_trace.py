@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-TOP = 10
+TOP = 16
 _AROUND = ("while", "call", "conditional")  # their time is that of what they run
 
 

@@ -58,7 +58,7 @@ METHODS = {
 SECTIONS = {
     "model": {
         "path": "", "vision_path": "", "projector_path": "", "preset": "", "dtype": "bfloat16", "param_dtype": "bfloat16",
-        "attention": "auto", "remat": "auto", "unroll": 1,
+        "attention": "auto", "remat": "auto", "unroll": 0,
     },
     "data": {
         "benchmark": "coin", "root": "", "tasks": "coin", "instruction_set": "Original", "template": "vicuna_v1",

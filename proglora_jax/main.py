@@ -42,7 +42,7 @@ _FREE = {
     "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_record", "data.on_bad_image", "data.buckets",
     "evaluate.batch_size", "evaluate.prompt_lengths", "evaluate.also_image_mode", "evaluate.share_prefix",
     # The same loss, summed in another order; what is drawn at random within a part (dropout, recalled samples) is drawn anew.
-    "mesh.data", "mesh.fsdp", "mesh.model", "model.remat", "train.micro_batches",
+    "mesh.data", "mesh.fsdp", "mesh.model", "model.remat", "model.unroll", "train.micro_batches",
     # Scoring alone: what was asked is scored anew.
     "evaluate.imagenet_empty_ok", "evaluate.grounding_truncate", "evaluate.scienceqa_rule", "evaluate.grounding_rule",
     # The hashes of the files in every stage say whether they are the same.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,9 +36,9 @@ class Ours:
         stage: the last stage, as shapes.
     """
 
-    def __init__(self, settings: Settings, config: LlavaConfig, blocks: int):
+    def __init__(self, settings: Settings, config: LlavaConfig, blocks: int, devices: Sequence[jax.Device] | None = None):
         self.settings, self.blocks, self.config = settings, blocks, config
-        self.mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
+        self.mesh = meshes.make_mesh({"data": 1}, devices or jax.devices()[:1])
         self._llava = shapes.abstract_backbone(config, settings.model)
         tasks = [f"task{index}" for index in range(blocks)]
         *_, self.stage = shapes.abstract_stages(settings.method, self._llava, tasks, [1000] * blocks, self.mesh)

@@ -44,14 +44,14 @@ def ranks_of(block: PyTree) -> int:
     return first["a"].shape[-1] if first else 0
 
 
-def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x[B, T, i] @ kernel[i, o] with f32 accumulation and f32 result."""
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+def _project(x: jax.Array, kernel: jax.Array, out: jnp.dtype = jnp.float32) -> jax.Array:
+    """x[B, T, i] @ kernel[i, o] with f32 accumulation; the result in the dtype `out`."""
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=out)
 
 
-def _project_back(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x[B, T, o] @ kernel[i, o].T with f32 accumulation and f32 result."""
-    return jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+def _project_back(x: jax.Array, kernel: jax.Array, out: jnp.dtype = jnp.float32) -> jax.Array:
+    """x[B, T, o] @ kernel[i, o].T with f32 accumulation; the result in the dtype `out`."""
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=out)
 
 
 def _outer(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -113,9 +113,9 @@ def _forward(x, pairs, scale, mix):
     u = checkpoint_name(_project(x, _side_by_side(pairs)), "low_rank")  # [B, T, sum R]
     outputs = []
     for pair, own in zip(pairs, _cut(u, pairs), strict=True):
-        h = mix_ranks(own, _join_gates(pair.pool_gate, pair.gate), mix, pair.a.shape[-1])
-        y = _project(h.astype(x.dtype), jnp.concatenate([pair.pool_b, pair.b], axis=0)) * scale  # [B, T, d_out]
-        outputs.append(y.astype(x.dtype))
+        # The scale is applied to the few ranks, and the matmul rounds by itself: what follows it is one addition of the compute dtype.
+        h = mix_ranks(own, _join_gates(pair.pool_gate, pair.gate), mix, pair.a.shape[-1]) * scale
+        outputs.append(_project(h.astype(x.dtype), jnp.concatenate([pair.pool_b, pair.b], axis=0), x.dtype))  # [B, T, d_out]
     return tuple(outputs), (x, u, pairs)
 
 
@@ -143,16 +143,15 @@ def _backward(scale, mix, residuals, cotangents):
     found, frozen, trained = [], [], []
     for pair, own, dy in zip(pairs, _cut(u, pairs), cotangents, strict=True):
         rank = pair.a.shape[-1]
-        mixed = lambda u, pool_gate, gate, rank=rank: mix_ranks(u, _join_gates(pool_gate, gate), mix, rank)
+        mixed = lambda u, pool_gate, gate, rank=rank: mix_ranks(u, _join_gates(pool_gate, gate), mix, rank) * scale
         h, pull = jax.vjp(mixed, own, pair.pool_gate, pair.gate)
-        dy = (dy * scale).astype(x.dtype)
         dh = _project_back(dy, jnp.concatenate([pair.pool_b, pair.b], axis=0))  # [B, T, R]
         du, dpool_gate, dgate = pull(dh)
         du = du.astype(x.dtype)
         frozen.append(du[..., :-rank])
         trained.append(du[..., -rank:])
         found.append((dpool_gate, _outer(h[..., -rank:].astype(x.dtype), dy).astype(pair.b.dtype), dgate))
-    dx = _project_back(jnp.concatenate(frozen + trained, axis=-1), _side_by_side(pairs)).astype(x.dtype)  # [B, T, d_in]
+    dx = _project_back(jnp.concatenate(frozen + trained, axis=-1), _side_by_side(pairs), x.dtype)  # [B, T, d_in]
     da = _outer(x, jnp.concatenate(trained, axis=-1))
     ends = itertools.accumulate(pair.a.shape[-1] for pair in pairs)
     return dx, tuple(

@@ -27,6 +27,7 @@ from proglora_jax.core import tree as trees
 from proglora_jax.data.errors import UserError, write_file
 from proglora_jax.training import collectives, flops, memory, programs, roofline, shapes
 from proglora_jax.training.attention_choice import choose_attention
+from proglora_jax.training.loop_choice import choose_unroll
 from proglora_jax.training.settings import Settings, from_config
 
 PROGRAMS = ("train", "answer", "answer_shared")
@@ -75,7 +76,7 @@ def compile_ahead(config: Mapping[str, Mapping[str, Any]], order: Order) -> dict
     settings = from_config(values)
     mesh = described_mesh(settings, order.topology)
     first = mesh.devices.flat[0]
-    settings, reason = choose_attention(settings, first.platform, first)
+    settings, reason = choose_attention(choose_unroll(settings, first.platform), first.platform, first)
     chip = roofline.chip_of(first.device_kind)
     sizes, source = model_sizes(settings.model)
     llava = shapes.abstract_backbone(sizes, settings.model)

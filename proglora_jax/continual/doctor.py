@@ -27,6 +27,7 @@ from proglora_jax.data.instruction_sets import REDUCED, find_set
 from proglora_jax.models.presets import PRESETS, LlavaConfig
 from proglora_jax.training import memory, roofline, shapes
 from proglora_jax.training.attention_choice import choose_attention
+from proglora_jax.training.loop_choice import choose_unroll
 from proglora_jax.training.console import format_seconds
 from proglora_jax.training.remat_choice import device_limit
 from proglora_jax.training.settings import ModelSettings, Settings, from_config
@@ -98,7 +99,7 @@ def diagnose(config: Mapping[str, Mapping[str, Any]], machine: Machine | None = 
     if find_set(settings.data.instruction_set) in REDUCED:
         notes.append(f"config.data.instruction_set={settings.data.instruction_set}: how many records its files have is not known here; "
                      "rows, steps, questions and hours are those of the whole set, at most")
-    settings, _ = choose_attention(settings, jax.default_backend(), planned=True)
+    settings, _ = choose_attention(choose_unroll(settings, jax.default_backend()), jax.default_backend(), planned=True)
     sizes, source = model_sizes(settings.model)
     found, problem = weights_found(settings.model)
     notes += [note for note in (problem, _encoders_problem(settings)) if note]

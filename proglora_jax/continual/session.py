@@ -37,6 +37,7 @@ from proglora_jax.methods.base import Method, Phase
 from proglora_jax.models.presets import PRESETS, LlavaConfig
 from proglora_jax.training import fisher, step
 from proglora_jax.training.attention_choice import choose_attention, model_options
+from proglora_jax.training.loop_choice import choose_unroll, compiler_options
 from proglora_jax.training.log import RunLogger
 from proglora_jax.training.loop import StopSignal
 from proglora_jax.training.prefix import make_prefix_generator
@@ -105,7 +106,8 @@ class Session:
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def train_step(self, separate_replay: bool, phase: Phase) -> Callable:
         """The training step of a kind of phase, as `Phase.program` names it."""
-        return step.make_train_step(self.method, self.settings.train, self.remat, separate_replay, self.mesh, phase)
+        options = compiler_options(self.settings.model.unroll, self.mesh)
+        return step.make_train_step(self.method, self.settings.train, self.remat, separate_replay, self.mesh, phase, options)
 
     @functools.cached_property
     def probe_step(self) -> Callable:
@@ -179,7 +181,8 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
         meshes.row_share(mesh)
     except ValueError as error:
         raise UserError(str(error)) from error
-    settings, why = choose_attention(settings, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    settings, why = choose_attention(choose_unroll(settings, platform), platform)
     rows, ways = settings.evaluate.batch_size, meshes.batch_ways(mesh)
     if rows % ways:
         raise UserError(f"config.evaluate.batch_size={rows}: must be a multiple of the {ways} devices that share a batch")

@@ -61,9 +61,9 @@ def _known(policy: str) -> str:
     return policy
 
 
-def _checkpoint(body: Callable, policy: str) -> Callable:
+def _checkpoint(body: Callable, policy: str, barrier: bool = False) -> Callable:
     # Inside a scan the loop itself keeps forward and backward apart, so the costly barrier against CSE is not needed.
-    return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=False)
+    return jax.checkpoint(body, policy=REMAT_POLICIES[policy], prevent_cse=barrier)
 
 
 def scan(
@@ -86,7 +86,10 @@ def scan(
         (carry, outputs stacked over the layers that ran).
     """
     scanned = layers if trained is None else (layers, trained)
-    if count is None or count == num_layers(scanned):
+    count = num_layers(scanned) if count is None else count
+    if 1 < count <= unroll:
+        return _one_by_one(body, carry, layers, trained, policy, count)
+    if count == num_layers(scanned):
         return jax.lax.scan(remat(body, policy), carry, scanned, unroll=unroll)
 
     def indexed(carry: PyTree, scanned: tuple):
@@ -97,6 +100,26 @@ def scan(
     # Even where nothing is to be computed again, else the weights read here would be kept as a copy of the whole stack.
     body_at = _checkpoint(indexed, _known(policy))
     return jax.lax.scan(body_at, carry, (jnp.arange(count), jax.tree.map(lambda leaf: leaf[:count], trained)), unroll=unroll)
+
+
+def _one_by_one(body: Callable, carry: PyTree, layers: PyTree, trained: PyTree, policy: str, count: int):
+    """`scan` without a loop: what goes from the forward to the backward pass is not copied into stacks, and weights are read in place.
+
+    A matmul can read a layer of a stack where it lies only if the compiler knows which one it is.
+    """
+    pieces = lambda leaf: [piece[0] for piece in jax.lax.split(leaf[:count], (1,) * count)]  # its transpose is one concatenation
+    leaves, structure = jax.tree.flatten(trained)
+    own, outputs = [jax.tree.unflatten(structure, parts) for parts in zip(*map(pieces, leaves), strict=True)] or [None] * count, []
+    for index in range(count):
+
+        def at(carry: PyTree, own: PyTree, index: int = index):
+            layer = take(layers, index)
+            return body(carry, layer if trained is None else (layer, own))
+
+        # No loop keeps forward and backward apart here: the barrier does, else XLA would keep what it finds computed twice.
+        carry, output = _checkpoint(at, _known(policy), barrier=True)(carry, own[index])
+        outputs.append(output)
+    return carry, stack(outputs)
 
 
 def num_layers(layers: PyTree) -> int:

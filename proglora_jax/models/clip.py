@@ -74,7 +74,7 @@ class ClipVision(nnx.Module):
         def body(h: jax.Array, layer: ClipLayer):
             return meshes.gather_weights(layer, "vision/layers", stacked=True)(meshes.split_rows(h), settings), None
 
-        return stack.scan(body, h, self.layers, count=count, unroll=settings.unroll)[0]
+        return stack.scan(body, h, self.layers, count=count)[0]
 
     def embed(self, image: jax.Array, settings: Settings) -> jax.Array:
         """Hidden states before the first layer: patches and class token with positions, normalised; [B, 1+P, D]."""

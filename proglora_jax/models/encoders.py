@@ -86,7 +86,7 @@ class BertEncoder(nnx.Module):
         if count == 0:
             return h
         body = lambda h, layer: (layer(h, lengths, settings), None)
-        return stack.scan(body, h, self.layers, count=count, unroll=settings.unroll)[0]
+        return stack.scan(body, h, self.layers, count=count)[0]
 
 
 class VitLayer(nnx.Module):
@@ -150,7 +150,7 @@ class VitEncoder(nnx.Module):
         h = jnp.concatenate([first, patches], axis=1) + self.position_embedding[...].astype(dtype)  # [B, 1+P, D]
         if count == 0:
             return h
-        return stack.scan(lambda h, layer: (layer(h, settings), None), h, self.layers, count=count, unroll=settings.unroll)[0]
+        return stack.scan(lambda h, layer: (layer(h, settings), None), h, self.layers, count=count)[0]
 
 
 def abstract_bert(config: BertConfig, dtype=jnp.float32) -> BertEncoder:

@@ -32,7 +32,7 @@ class Settings:
         dtype: compute dtype by name, "float32" or "bfloat16".
         attention: implementation by name, "xla" (runs everywhere), "cudnn" (NVIDIA GPUs, bfloat16, head width a multiple of 8) or
             "splash" (TPUs; causal attention of whole sequences with a head width that is a multiple of 128, XLA for the rest).
-        unroll: layers in one turn of the loop over layers.
+        unroll: layers of the language model in one turn of the loop over layers, in training.
     """
 
     dtype: str = "float32"

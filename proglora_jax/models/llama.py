@@ -173,7 +173,8 @@ class Llama(nnx.Module):
         # The cache is carried, not scanned: so the last layer can write into it as the others do.
         stacks, trained = (self.layers, fixed), (*trained, jnp.arange(layers))
         carry, contexts = stack.scan(
-            body, (x, cache), stacks, trained=trained, policy=remat, unroll=settings.unroll, count=layers - 1 if cuts else None)
+            body, (x, cache), stacks, trained=trained, policy=remat, unroll=1 if keeps else settings.unroll,
+            count=layers - 1 if cuts else None)
         if cuts:  # its backward pass comes right after it, there is nothing to gain from computing it again
             last = jax.tree.map(lambda leaf: leaf[-1], (stacks, trained))
             carry, context = body(carry, last, positions)

@@ -60,7 +60,7 @@ def _check(kernel: str, dtype: str, platform: str, device: jax.Device | None) ->
 
 def model_options(model: ModelSettings) -> ModelOptions:
     """How the model computes; an "auto" that nobody has decided is XLA's attention, which runs everywhere."""
-    return ModelOptions(model.dtype, "xla" if model.attention == "auto" else model.attention, model.unroll)
+    return ModelOptions(model.dtype, "xla" if model.attention == "auto" else model.attention, model.unroll or 1)
 
 
 def _choice(dtype: str, platform: str, device: jax.Device | None) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from proglora_jax.core.types import PyTree
 from proglora_jax.data.batch import PREFIX_FIELDS, QUESTION_FIELDS
 from proglora_jax.models.llava import Llava
 from proglora_jax.training import optim, shapes
+from proglora_jax.training.loop_choice import compiler_options
 from proglora_jax.training.prefix import make_prefix_generator
 from proglora_jax.training.settings import Settings
 from proglora_jax.training.shapes import StageShapes
@@ -35,7 +36,8 @@ def trace_train_step(settings: Settings, llava: Llava, stage: StageShapes, rows:
     trainable, frozen = trees.partition(stage.state.params, stage.mask)
     moments = jax.eval_shape(optim.transform(settings.train).init, trainable)
     batch = shapes.abstract_batch(rows, bucket, llava.config.vision_config.image_size)
-    step = make_train_step(settings.method, settings.train, settings.model.remat, False, mesh, stage.phase.program())
+    options = compiler_options(settings.model.unroll, mesh)
+    step = make_train_step(settings.method, settings.train, settings.model.remat, False, mesh, stage.phase.program(), options)
     held = [placed(part, same) for part in (trainable, moments, frozen, stage.state.memory)]
     control = placed(_control(settings, stage), same)
     return step.trace(*held, place_backbone(llava, mesh), placed(batch, meshes.batch_sharding(mesh)), control)

@@ -31,7 +31,7 @@ class ModelSettings:
         param_dtype: dtype in which the frozen backbone is held.
         attention: "xla", "cudnn" (NVIDIA GPUs, 16 bits), "splash" (TPUs), or "auto", see training/attention_choice.py.
         remat: rematerialisation policy by name, see core/stack.py, or "auto", by the device's memory, see training/remat_choice.py.
-        unroll: layers per turn of the loop over layers.
+        unroll: layers of the language model per turn of the loop over layers in training, 0 by platform, see training/loop_choice.py.
     """
 
     path: str = "embedded"
@@ -42,7 +42,7 @@ class ModelSettings:
     param_dtype: str = "float32"
     attention: str = "auto"
     remat: str = "none"
-    unroll: int = 1
+    unroll: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

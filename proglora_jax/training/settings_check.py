@@ -40,7 +40,7 @@ def check_settings(settings: Any) -> None:
          "computes in 16 bits only; set config.model.dtype=bfloat16, or attention=xla"),
         _one_of("model.preset", model.preset, ("", *PRESETS)),
         _one_of("model.remat", model.remat, ("auto", *REMAT_POLICIES)),
-        _at_least("model.unroll", model.unroll, 1),
+        _at_least("model.unroll", model.unroll, 0),
         _one_of("data.benchmark", data.benchmark, ("embedded", "coin")),
         (bool(data.root), "data.root", repr(data.root), "name the folder that holds playground/ and cl_dataset/"),
         (data.instruction_set in set_names(), "data.instruction_set", repr(data.instruction_set),

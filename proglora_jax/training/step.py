@@ -133,9 +133,15 @@ def _label_pass(llava, method, remat, params, gates, x, batch, key, phase) -> Pa
 
 
 def make_train_step(
-    method: Method, train: TrainSettings, remat: Remat, separate_replay: bool, mesh: Mesh, phase: Phase = Phase()
+    method: Method, train: TrainSettings, remat: Remat, separate_replay: bool, mesh: Mesh, phase: Phase = Phase(),
+    options: Mapping[str, Any] | None = None,
 ) -> Callable:
     """The training step of a kind of phase in a whole sequence: compiled once, since stage, step and learning rates are arguments.
+
+    Args:
+        method, train, remat, mesh, phase: of the run.
+        separate_replay: whether replayed rows are a mean of their own.
+        options: of the compiler, see `loop_choice.compiler_options`.
 
     Returns:
         (trainable, opt_state, frozen, memory, llava, batch, control) -> (trainable, opt_state, metrics); the first two are
@@ -182,7 +188,8 @@ def make_train_step(
         return _unless_failed(flag, before, control, trainable, opt_state, metrics | _running(method, control, logged))
 
     same = meshes.replicated(mesh)
-    return jax.jit(meshes.on_mesh(step, mesh), donate_argnums=(0, 1), out_shardings=(same, same, same))
+    return jax.jit(
+        meshes.on_mesh(step, mesh), donate_argnums=(0, 1), out_shardings=(same, same, same), compiler_options=options and dict(options))
 
 
 def without_flag(batch: Batch) -> tuple[Batch, jax.Array | None]:

@@ -155,3 +155,11 @@ def test_an_unrolled_decoder_costs_what_its_shapes_say():
     inputs = 4  # one read by q, k and v, one by gate and up: for each a matmul down, one back, and one of the gradient of A
     assert len(flops) == 2 * (7 * (8 - 3) + 3 * inputs + 6) - 4
     assert sum(flops) == 2 * layer - first
+
+
+def test_in_sixteen_bits_nothing_as_wide_as_an_output_is_of_thirty_two():
+    """The scale is on the ranks and the matmul rounds: what is added to the frozen linear's output is one array of its dtype."""
+    arguments = shapes(7, jnp.bfloat16)
+    text = str(jax.make_jaxpr(gradient("delta"))(*frozen_apart(arguments)))
+    deltas = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(deltas) == 8 and not any(f"f32[{BATCH},{STEPS},{width}]" in line for line in deltas for width in (D_IN, D_OUT))

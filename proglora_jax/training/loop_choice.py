@@ -1,0 +1,47 @@
+"""Chooses how the training step's loop over layers is compiled: layers in one turn, and the compiler's options that go with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh
+
+from proglora_jax.training.settings import Settings
+
+ALL = 1 << 10
+"""More layers than any model has: no loop at all."""
+_GPU = ("gpu", "cuda")
+
+
+def choose_unroll(settings: Settings, platform: str) -> Settings:
+    """Settings with `model.unroll` decided where the config leaves it (0).
+
+    A loop stacks what its forward pass keeps for the backward one, and copies each layer's weights out of their stack. On an H200 that was
+    5 % of a step of LLaVA-7B (benchmarks/results/gpu.md); without a loop neither happens, and the step compiles for 36 s instead of 14.
+    Where layers are gathered from other devices the loop stays: it bounds how many are there at a time.
+
+    Args:
+        settings: the config; what it states stays.
+        platform: of the devices, as JAX calls it.
+    """
+    if settings.model.unroll:
+        return settings
+    whole = settings.mesh.fsdp == settings.mesh.model == 1
+    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, unroll=ALL if platform in _GPU and whole else 1))
+
+
+def compiler_options(unroll: int, mesh: Mesh) -> dict[str, Any] | None:
+    """XLA's options for a training step on the mesh's devices; None leaves them as they are.
+
+    On GPUs the matmuls are cuBLAS', which adds a low-rank delta into the output of the frozen linear; Triton's would write both. XLA's
+    fusion of slices with matmuls lets these read a layer's weights in their stack. In a loop it must be off: a matmul whose output goes
+    into a stack and is used as well is then done twice (jaxlib 0.11.2).
+
+    Args:
+        unroll: layers in one turn of the loop, as `choose_unroll` leaves it.
+        mesh: of the devices that run the step.
+    """
+    if mesh.devices.flat[0].platform not in _GPU:
+        return None
+    return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": unroll >= ALL}

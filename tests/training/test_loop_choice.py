@@ -1,0 +1,38 @@
+"""How the training step's loop over layers is compiled on a platform."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import tiny_llava
+from test_memory import settings_of
+
+from proglora_jax.training.attention_choice import model_options
+from proglora_jax.training.loop_choice import ALL, choose_unroll, compiler_options
+from proglora_jax.training.settings import ModelSettings
+
+
+@pytest.mark.parametrize("platform, fields, wanted", [
+    ("gpu", {}, ALL), ("cuda", {}, ALL), ("cpu", {}, 1), ("tpu", {}, 1), ("gpu", {"mesh__data": 8}, ALL),
+    ("gpu", {"mesh__fsdp": 8}, 1), ("gpu", {"mesh__model": 2}, 1),  # weights come from other devices layer by layer
+    ("gpu", {"model__unroll": 1}, 1), ("cpu", {"model__unroll": 4}, 4),  # what the config states stays
+])  # fmt: skip
+def test_layers_in_one_turn_by_platform(platform, fields, wanted):
+    assert choose_unroll(settings_of(**fields), platform).model.unroll == wanted
+
+
+def test_an_undecided_loop_is_a_loop():
+    assert model_options(ModelSettings()).unroll == 1
+
+
+def test_options_of_the_compiler_are_for_gpus():
+    gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
+    assert compiler_options(1, tiny_llava.mesh(data=1)) is None
+    looped, whole = compiler_options(1, gpu), compiler_options(ALL, gpu)
+    assert looped == {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": False}
+    assert whole == looped | {"xla_gpu_enable_dynamic_slice_fusion": True}
+    # XLA knows them on every platform: a name that it does not know would stop a run.
+    assert float(jax.jit(lambda x: x + 1, compiler_options=whole)(1.0)) == 2.0
