@@ -8,6 +8,8 @@ import tempfile
 
 from proglora_jax.core import host
 
+# The imports and the tracing below make objects by the million, nearly all of which stay; the collector would look at them all the time.
+gc.set_threshold(100_000, 50, 50)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -15,6 +17,11 @@ if "xla_backend_extra_options" not in os.environ["XLA_FLAGS"] and os.environ.get
     # The tests compile more than they compute, and the newer emitters of fusions take more than half of XLA's time on a CPU. With the older
     # ones two programs that have a computation in common may differ in its last bit; tests/methods/test_first_stage.py asks for the newer.
     os.environ["XLA_FLAGS"] += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    # A program in one part: to cut it into 32, which threads compile, takes a sixth of the compiler's time.
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+if "xla_disable_hlo_passes" not in os.environ["XLA_FLAGS"]:
+    # XLA checks its own work after each of its passes, which takes another sixth.
+    os.environ["XLA_FLAGS"] += " --xla_disable_hlo_passes=hlo-verifier"
 # Without the costly optimisations programs compile in half the time; they are run a few times only.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 host.keep_freed_memory()
@@ -55,10 +62,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What is there before the first test stays; the collector, which tracing wakes all the time, need not look at it again and again."""
+    """What is there before the first test stays; the collector need not look at it again and again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 50, 50)
 
 
 @pytest.fixture

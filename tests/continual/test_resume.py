@@ -36,7 +36,7 @@ class Place:
         fields = {"train__batch_size": 8, "run__compilation_cache": tiny_run.compiled(), "mesh__data": -1} | fields
         flags = [*tiny_run.flags(self.model, self.folder / "data", **fields), f"--workdir={workdir}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": tiny_run.xla_flags(devices)}
-        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "false"  # programs as a user's run has them, but for the emitters
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "false"  # as in a user's run, but for the flags of conftest.py
         return Process(flags, environment, workdir, afresh)
 
     def finish(self, workdir: Path, **fields) -> str:

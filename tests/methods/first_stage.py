@@ -85,17 +85,16 @@ def test_without_a_past_regularised_lora_is_plain_lora(cls):
 def test_the_first_stage_of_sema_has_the_losses_of_plain_lora_bit_for_bit():
     """Its first phase; router rows do not move, for one module has gate 1."""
     sizes = dict(rank=16, alpha=32.0, a_init="normal001")
-    results = []
-    for method in (LoRA(**sizes), SEMA(pool_chunk=1)):
-        assert (method.rank, method.alpha, method.a_init, method.dropout) == (*sizes.values(), 0.05)
-        run = harness.Harness(method, backbone="stub")
-        state, mask = run.begin(run.initial(), 0)
-        first = jax.tree.map(np.array, state.params)
-        after, losses = run.fit_phase(state, mask, 0, 5, method.phases(run.info(0))[0])
-        params = jax.tree.map(np.asarray, after.params)
-        results.append((losses, {name: params[name] for name in ("block", "mm_projector")}))
-    assert results[0][0] == results[1][0] and len(set(results[0][0])) == 5
-    assert_alike(results[0][1], results[1][1])
+    losses, blocks, _, _ = five_steps(LoRA(**sizes))
+    method = SEMA(pool_chunk=1)
+    assert (method.rank, method.alpha, method.a_init, method.dropout) == (*sizes.values(), 0.05)
+    run = harness.Harness(method, backbone="stub")
+    state, mask = run.begin(run.initial(), 0)
+    first = jax.tree.map(np.array, state.params)
+    after, mine = run.fit_phase(state, mask, 0, 5, method.phases(run.info(0))[0])
+    params = jax.tree.map(np.asarray, after.params)
+    assert mine == losses and len(set(losses)) == 5
+    assert_alike({name: params[name] for name in ("block", "mm_projector")}, blocks)
     for name in ("row", "row_bias", "descriptor"):
         assert trees.digest({name: params[name]}) == trees.digest({name: first[name]})
 
