@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import tempfile
@@ -38,6 +39,7 @@ import pytest
 from absl import flags
 
 import jax
+from jax._src.interpreters import mlir
 
 jax.config.update("jax_default_matmul_precision", "highest")
 if not flags.FLAGS.is_parsed():
@@ -71,6 +73,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def rng() -> np.random.Generator:
     """A numpy generator with a fixed seed."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_context_lowers_a_file():
+    """JAX makes a context of MLIR for each program, which takes a quarter of the time that a single operation takes to compile."""
+    make = getattr(mlir, "make_ir_context", None)  # not public: without it the tests are slower
+    if make is not None:
+        mlir.make_ir_context = functools.cache(make)
+    yield
+    if make is not None:
+        mlir.make_ir_context = make
 
 
 @pytest.fixture(autouse=True, scope="module")
