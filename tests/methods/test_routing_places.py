@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,12 @@ from proglora_jax.core import tree as trees
 from proglora_jax.data import batch as codes
 from proglora_jax.methods.proglora import ProgLoRADynamic
 from proglora_jax.training import step as steps_of
+
+
+@functools.cache
+def harness_of(**fields) -> Harness:
+    """The method with these fields, whose programs all tests of the file share."""
+    return Harness(small("proglora_dynamic", **fields))
 
 
 def trained(harness: Harness, stages: int):
@@ -58,7 +65,7 @@ def test_routing_layer_pools_that_layers_hidden_states():
 
 
 def test_every_layer_gates_itself_and_restarts_bit_for_bit():
-    harness = Harness(small("proglora_dynamic", routing_scope="per_layer"))
+    harness = harness_of(routing_scope="per_layer")
     state, tree = trained(harness, 2)
     layers = tiny_llava.CONFIG.text_config.num_hidden_layers
     assert state.params["key"].shape == (layers, 32) and state.memory["features"].shape[2] == layers
@@ -79,7 +86,7 @@ def test_every_layer_gates_itself_and_restarts_bit_for_bit():
 @pytest.mark.parametrize("fields", [{"routing_tokens": "multimodal_prompt"}, {"routing_layer": 1}, {"routing_scope": "per_layer"}, {}])
 def test_features_that_drift_are_read_again_when_a_stage_begins(fields):
     """The mm_projector moves after the samples of task 0 were stored: image features, and hidden states behind them, are others then."""
-    harness = Harness(small("proglora_dynamic", **fields))
+    harness = harness_of(**fields)
     state, tree = trained(harness, 1)
     state = harness.method.end_task(state, harness.info(0), harness.probe)
     before = np.asarray(state.memory["features"][0])
@@ -99,7 +106,7 @@ def test_features_that_drift_are_read_again_when_a_stage_begins(fields):
 
 
 def test_gates_of_layers_are_decided_at_prefill_and_recorded():
-    harness = Harness(small("proglora_dynamic", routing_scope="per_layer"))
+    harness = harness_of(routing_scope="per_layer")
     state, _ = trained(harness, 2)
     answer = steps_of.make_generator(harness.method, harness.mesh, 3, tiny_llava.EOS, tiny_llava.PAD, tiny_llava.VOCAB)
     params, memory = meshes.put_replicated((state.params, state.memory), harness.mesh)
@@ -110,7 +117,7 @@ def test_gates_of_layers_are_decided_at_prefill_and_recorded():
 
 
 def test_per_token_decoding_routes_by_the_newest_token_alone():
-    harness = Harness(small("proglora_dynamic", routing_decode="per_token"))
+    harness = harness_of(routing_decode="per_token")
     state, _ = trained(harness, 2)
     llava, method = harness.llava, harness.method
     # keys far apart, so that the gates, and with them the tokens, depend on what is routed by
