@@ -72,12 +72,25 @@ def collectives(text: str) -> list[Collective]:
 def _read(match: re.Match, line: str, times: int, turn: bool) -> Collective:
     kind, started = match[2], bool(match[3])
     arrays = _ARRAY.findall(match[1])
-    if started and kind in ("all-gather", "collective-permute"):  # (operands, results, ...)
+    if started and match[1].startswith("(("):  # ((operands), results, ...), as the compiler for GPUs writes every kind
+        operands = len(_ARRAY.findall(_first_group(match[1][1:])))
+        arrays = arrays[operands : 2 * operands]
+    elif started and kind in ("all-gather", "collective-permute"):  # (operands, results, ...)
         arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]
     size = sum(_WIDTHS.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in arrays)
     source = re.search(r'op_name="([^"]*)"', line)
     shapes = tuple(f"{dtype}[{dims}]" for dtype, dims in arrays)
     return Collective(kind, shapes, size, _group(line), times, turn, source[1] if source else "")
+
+
+def _first_group(text: str) -> str:
+    """A text up to where its first parenthesis closes."""
+    depth = 0
+    for index, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[:index]
+    return text
 
 
 def _group(line: str) -> int:

@@ -112,3 +112,31 @@ def test_the_pieces_of_an_asynchronous_collective_count_once_and_an_open_loop_pe
     gathered, summed = collectives(TPU)
     assert (gathered.kind, gathered.bytes, gathered.group, gathered.times, gathered.turn) == ("all-gather", 64 * 128 * 2, 16, 32, False)
     assert (summed.kind, summed.bytes, summed.group, summed.times, summed.turn) == ("all-reduce", 4 * (32 + 8), 8, 1, True)
+
+
+GPU = """HloModule jit_step, entry_computation_layout={()->f32[]}
+
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %start.1 = ((bf16[64,64], /*index=1*/bf16[4,16]), (bf16[256,64], bf16[16,16])) all-gather-start(%a, %b), channel_id=1, replica_groups=[1,4]<=[4]
+  %all-gather-done = (bf16[256,64], bf16[16,16]) all-gather-done(%start.1)
+  %all-reduce-start = ((bf16[70144]), bf16[70144]) all-reduce-start(%c), channel_id=2, replica_groups=[1,4]<=[4]
+  %all-reduce-done = bf16[70144] all-reduce-done(%all-reduce-start)
+  %reduce-scatter-start = ((f32[32,64]), f32[8,64]) reduce-scatter-start(%d), channel_id=3, replica_groups=[1,4]<=[4]
+  %reduce-scatter-done = f32[8,64] reduce-scatter-done(%reduce-scatter-start)
+  %all-to-all-start = ((bf16[8,1,4,64]), bf16[8,1,4,64]) all-to-all-start(%e), channel_id=4, replica_groups=[1,4]<=[4]
+  %all-to-all-done = bf16[8,1,4,64] all-to-all-done(%all-to-all-start)
+  %all-reduce.9 = f32[32,1]{1,0} all-reduce(%f), channel_id=5, replica_groups=mesh['axis_0'=4] {'axis_0'}
+}
+"""
+
+
+def test_asynchronous_collectives_of_gpus_count_their_results_and_not_their_operands():
+    found = {(one.kind, one.shapes): one for one in collectives(GPU)}
+    assert {key: (one.bytes, one.group, one.times) for key, one in found.items()} == {
+        ("all-gather", ("bf16[256,64]", "bf16[16,16]")): (2 * (256 * 64 + 16 * 16), 4, 1),
+        ("all-reduce", ("bf16[70144]",)): (2 * 70144, 4, 1),
+        ("reduce-scatter", ("f32[8,64]",)): (4 * 8 * 64, 4, 1),
+        ("all-to-all", ("bf16[8,1,4,64]",)): (2 * 8 * 4 * 64, 4, 1),
+        ("all-reduce", ("f32[32,1]",)): (4 * 32, 4, 1),
+    }
+    assert found[("reduce-scatter", ("f32[8,64]",))].moved == 3 * 4 * 8 * 64
