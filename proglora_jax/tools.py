@@ -208,10 +208,11 @@ def _doctor(arguments) -> None:
 
 
 def _add_compile(verbs) -> None:
-    summary = "Compile a config's programs for a TPU slice that need not be there: memory of a chip, FLOPs, collectives."
+    summary = "Compile a config's programs for TPUs or GPUs that need not be there: memory of a chip, FLOPs, collectives."
     parser = _verb(verbs, "compile", summary, _compile)
     parser.set_defaults(overrides=[])
-    parser.add_argument("--topology", required=True, help="the slice, e.g. v5e:4x4, v5p:2x2x1, v6e:2x4")
+    parser.add_argument("--topology", required=True,
+                        help="a TPU slice (v5e:4x4, v5p:2x2x1, v6e:2x4) or GPUs (h100, h100:8 on one host, a100-80gb:2x8 on two)")
     parser.add_argument("--config", required=True, help="as for the main job; --config.section.field=value overrides a field")
     parser.add_argument("--program", choices=("all", "train", "answer", "answer_shared"), default="all",
                         help="answer: prefill and decoding; answer_shared: the same where two questions share an image")

@@ -1,7 +1,8 @@
 """Compiles a run's programs for accelerators that are not there: does it fit, what does it compute, what do the chips tell each other.
 
 The programs are those of a run, with its shardings, from shapes alone: no weights, no data and no accelerator are needed, only the
-compiler (for TPUs the wheel libtpu, extra "aot"). What memory and collectives say is exact for this compiler; nothing is timed.
+compiler (for TPUs the wheel libtpu, extra "aot"; for NVIDIA GPUs JAX's CUDA plugin, extra "cuda13" or "cuda12"). What memory and
+collectives say is exact for this compiler; nothing is timed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,22 +22,30 @@ from proglora_jax.continual.compile_table import compile_text
 from proglora_jax.continual.doctor import model_sizes
 from proglora_jax.continual.doctor_memory import MemoryPlan
 from proglora_jax.continual.doctor_plan import planned_stages
+from proglora_jax.core import gpus, host
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
 from proglora_jax.data.errors import UserError, write_file
 from proglora_jax.training import collectives, flops, memory, programs, roofline, shapes
 from proglora_jax.training.attention_choice import choose_attention
 from proglora_jax.training.loop_choice import choose_unroll
+from proglora_jax.training.remat_choice import planning_limit
 from proglora_jax.training.settings import Settings, from_config
 
 PROGRAMS = ("train", "answer", "answer_shared")
 """What can be compiled; the last one, questions that share images, for methods whose adapter does not depend on the prompt."""
 PER_IMAGE, BEHIND = 2, 64
 """Questions an image, and positions behind the image, of the last one."""
-# What libtpu asks of its surroundings when there is no TPU: no metadata server, no other hosts, no lock on a chip.
+NO_DEVICE = (
+    "compiled without a GPU: kernels are not timed against one another (no autotuning) and cuDNN is not asked for its plan and workspace, "
+    "so that other kernels and somewhat other temporaries are to be expected on the machine",
+)
+"""What is different on the machine where GPUs are only described."""
+# What libtpu asks of its surroundings when there is no TPU: no metadata server, no other hosts, no lock on a chip. And JAX's CUDA plugin
+# shall not look for a driver.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
 }  # fmt: skip
 
 
@@ -46,7 +54,8 @@ class Order:
     """What is to be compiled.
 
     Attributes:
-        topology: a slice as its compiler names it, "v5e:4x4", "v5p:2x2x1", "v6e:2x4".
+        topology: a TPU slice as its compiler names it, "v5e:4x4", "v5p:2x2x1", "v6e:2x4"; or GPUs of `gpus.GPUS`, "h100" for one,
+            "h100:8" for eight of one host, "h100:2x8" for two hosts.
         programs: some of PROGRAMS.
         positions: padded lengths to compile for, buckets of the config; () takes its largest.
         hlo: folder for the compiled programs' text; "" keeps none.
@@ -77,22 +86,26 @@ def compile_ahead(config: Mapping[str, Mapping[str, Any]], order: Order) -> dict
     mesh = described_mesh(settings, order.topology)
     first = mesh.devices.flat[0]
     settings, reason = choose_attention(choose_unroll(settings, first.platform), first.platform, first)
-    chip = roofline.chip_of(first.device_kind)
+    chip, on_gpus = roofline.chip_of(first.device_kind), gpus.names_gpus(order.topology)
+    usable = _usable(chip, on_gpus)
     sizes, source = model_sizes(settings.model)
     llava = shapes.abstract_backbone(sizes, settings.model)
     stages = planned_stages(settings, llava, mesh)
-    plan = MemoryPlan.of(settings, llava, stages, mesh, float(chip.hbm))
+    plan = MemoryPlan.of(settings, llava, stages, mesh, float(planning_limit(usable) if on_gpus else usable))
     _check_split(plan)
     chosen = [name for name in order.programs if name != PROGRAMS[2] or _shares(settings, order)]
-    results = [_compile(plan, name, positions, order) for name in chosen for positions in _lengths(settings, name, order.positions)]
+    asked = [(name, positions) for name in chosen for positions in _lengths(settings, name, order.positions)]
+    results = [_compile(plan, name, positions, order, usable) for name, positions in asked]
     trainable = trees.partition(plan.stage.state.params, plan.stage.mask)[0]
     report = {
-        "topology": order.topology, "chips": int(mesh.size), "chip": chip.name, "hbm": chip.hbm, "mesh": dict(mesh.shape),
+        "topology": order.topology, "chips": int(mesh.size), "chip": chip.name, "hbm": usable, "mesh": dict(mesh.shape),
         "model": source, "method": settings.method.name, "remat": settings.model.remat, "attention": settings.model.attention,
         "attention_reason": reason,
         "micro_batches": settings.train.micro_batches, "trainable_bytes": trees.count_bytes(trainable),
         "backbone_bytes": trees.count_bytes(llava.to_tree()), "backbone_bytes_per_chip": memory.backbone_bytes(llava, mesh),
-        "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu", "flax")},
+        "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu", "flax") if name != "libtpu" or not on_gpus}
+        | (gpus.compiler_versions() if on_gpus else {}),
+        "notes": list(NO_DEVICE) if on_gpus else [],
         "fits": all(result["fits"] for result in results), "programs": results,
     }
     return report | {"advice": [] if report["fits"] else advice(plan)}
@@ -106,14 +119,12 @@ def described_mesh(settings: Settings, topology: str) -> Mesh:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    platform = "cuda" if re.match(r"(cuda|gpu|[abh]\d00)\b", topology.lower()) else "tpu"
     try:
-        devices = meshes.described_devices(topology, platform)
+        devices = meshes.described_devices(topology)
     except ValueError as error:
-        missing = "JAX describes GPUs that are not there only through its CUDA plugin (jax[cuda12]) and a target configuration of the " \
-                  "GPU, which are not here; on a machine with the GPU, tools doctor --compile does it"
-        wanted = "names look like v5e:4x4, v5p:2x2x1 or v6e:2x4, and the compiler comes with pip install 'proglora-jax[aot]'"
-        raise UserError(f"--topology {topology}: {error}; {missing if platform == 'cuda' else wanted}") from error
+        wanted = "; names look like v5e:4x4, v5p:2x2x1 or v6e:2x4 (and h100:8 for GPUs), and the compiler for TPUs comes with " \
+                 "pip install 'proglora-jax[aot]'"
+        raise UserError(f"--topology {topology}: {error}{'' if gpus.names_gpus(topology) else wanted}") from error
     try:
         return meshes.make_mesh(dataclasses.asdict(settings.mesh), devices)
     except ValueError as error:
@@ -136,6 +147,14 @@ def write_report(report: Mapping[str, Any], path: str) -> None:
         UserError: "<path>: cannot be written (...); ..."
     """
     write_file(path, json.dumps(report, indent=1) + "\n")
+
+
+def _usable(chip: roofline.Chip, on_gpus: bool) -> int:
+    """Bytes that a program may use: all that a TPU's compiler knows of, and of a GPU what a run takes."""
+    try:
+        return int(chip.hbm * host.gpu_memory_share()) if on_gpus else chip.hbm
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _check_split(plan: MemoryPlan) -> None:
@@ -169,7 +188,7 @@ def _lengths(settings: Settings, program: str, positions: Sequence[int]) -> list
     return list(positions)
 
 
-def _compile(plan: MemoryPlan, program: str, positions: int, order: Order) -> dict[str, Any]:
+def _compile(plan: MemoryPlan, program: str, positions: int, order: Order, usable: int) -> dict[str, Any]:
     """Compiles one program and reads what the compiler says of it."""
     settings, llava, mesh = plan.settings, plan.llava, plan.mesh
     if program == "train":
@@ -207,7 +226,8 @@ def _compile(plan: MemoryPlan, program: str, positions: int, order: Order) -> di
         os.makedirs(order.hlo, exist_ok=True)
         with open(os.path.join(order.hlo, f"{program}_{positions}.txt"), "w", encoding="utf-8") as file:
             file.write(text)
-    return result | _measured(compiled, text, work, mesh) | {"fits": True, "compile_seconds": time.monotonic() - began}
+    result |= _measured(compiled, text, work, mesh) | {"compile_seconds": time.monotonic() - began}
+    return result | _verdict(result, order.topology, usable)
 
 
 def _measured(compiled: Any, text: str, work: flops.MatmulWork, mesh: Mesh) -> dict[str, Any]:
@@ -217,13 +237,21 @@ def _measured(compiled: Any, text: str, work: flops.MatmulWork, mesh: Mesh) -> d
         "arguments": held.argument_size_in_bytes, "results": held.output_size_in_bytes - held.alias_size_in_bytes,
         "temporaries": held.temp_size_in_bytes, "code": held.generated_code_size_in_bytes,
     }
-    counted = (compiled.cost_analysis() or {}).get("flops", 0.0)
+    counted = (compiled.cost_analysis() or {}).get("flops", 0.0)  # nothing for GPUs that are only described
     return {
         "memory": parts, "memory_total": sum(parts.values()),
         # XLA's own count of a chip takes loop bodies once; so does `once`. 1 means that no chip computes what another does as well.
-        "flops_of_a_chip_to_its_share": counted / (work.once / mesh.size) if work.once else None,
+        "flops_of_a_chip_to_its_share": counted / (work.once / mesh.size) if work.once and counted else None,
         "collectives": [dataclasses.asdict(one) | {"moved": one.moved} for one in collectives.collectives(text)],
     }
+
+
+def _verdict(result: Mapping[str, Any], topology: str, usable: int) -> dict[str, Any]:
+    """Whether a compiled program fits: a TPU's compiler would have refused, that for GPUs leaves it to the run."""
+    if not gpus.names_gpus(topology) or result["memory_total"] <= usable:
+        return {"fits": True}
+    parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in result["memory"].items())
+    return {"fits": False, "error": f"it needs {result['memory_total'] / 2**30:.2f} GiB ({parts})"}
 
 
 def _first_lines(text: str) -> str:

@@ -26,6 +26,7 @@ def compile_text(report: Mapping[str, Any]) -> str:
     ]
     if reason := report.get("attention_reason"):  # reports of earlier versions do not say it
         lines.append(f"attention {report['attention']}: {reason}")
+    lines += report.get("notes", ())
     for program in report["programs"]:
         lines += ["", *_program(program, report["hbm"])]
     if report["advice"]:
@@ -41,10 +42,10 @@ def _program(program: Mapping[str, Any], hbm: int) -> list[str]:
         return [f"{head}: DOES NOT FIT into {hbm / _GIB:.2f} GiB: {program['error']}"]
     parts = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in program["memory"].items())
     per_token = f", {program['flops_per_new_token'] / 1e9:.3g} GFLOP a new token" if program["flops_per_new_token"] else ""
+    ratio = program["flops_of_a_chip_to_its_share"]  # the compiler for GPUs does not say it
     return [
         f"{head}: {program['memory_total'] / _GIB:.2f} of {hbm / _GIB:.2f} GiB a chip ({parts})",
-        f"  matmuls of a chip: {program['flops'] / 1e12:.4g} TFLOP{per_token}; computed to its share: "
-        f"{program['flops_of_a_chip_to_its_share']:.2f}",
+        f"  matmuls of a chip: {program['flops'] / 1e12:.4g} TFLOP{per_token}" + (f"; computed to its share: {ratio:.2f}" if ratio else ""),
         *(f"  {line}" for line in collective_lines(program["collectives"])),
     ]
 

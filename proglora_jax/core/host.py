@@ -30,6 +30,19 @@ def claim_gpu_memory() -> None:
         os.environ[_MEMORY_NAMES[0]] = _MEMORY_SHARE
 
 
+def gpu_memory_share() -> float:
+    """Share of a GPU's memory that a run lets JAX take: what the environment says, or what `claim_gpu_memory` would put there.
+
+    Raises:
+        ValueError: "XLA_CLIENT_MEM_FRACTION=<value>: must be a number"
+    """
+    name = next((name for name in _MEMORY_NAMES if name in os.environ), "")
+    try:
+        return float(os.environ[name]) if name else float(_MEMORY_SHARE)
+    except ValueError as error:
+        raise ValueError(f"{name}={os.environ[name]}: must be a number, the share of a GPU's memory that JAX may take") from error
+
+
 def settle_on_cpu() -> bool:
     """Lets JAX take the CPU at once where libtpu is installed but no accelerator is there; call it before JAX is imported.
 

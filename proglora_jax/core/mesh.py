@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from proglora_jax.core import gpus
 from proglora_jax.core.types import PyTree
 
 AXES = ("data", "fsdp", "model")
@@ -45,16 +46,17 @@ def make_mesh(shape: Mapping[str, int], devices=None) -> Mesh:
     return Mesh(devices.reshape(_sizes(shape, devices.size)), AXES)
 
 
-def described_devices(topology: str, platform: str = "tpu") -> list:
-    """Devices of a machine that need not be there, to compile for: "v5e:4x4" are 16 chips of a TPU v5e slice.
+def described_devices(topology: str) -> list:
+    """Devices of a machine that need not be there, to compile for: "v5e:4x4" are 16 chips of a TPU v5e slice, "h100:8" eight GPUs.
 
     Raises:
         ValueError: in one sentence, for a topology that the compiler does not know and where there is no compiler.
     """
     from jax.experimental import topologies
 
+    platform, options = ("cuda", gpus.plugin_options(topology)) if gpus.names_gpus(topology) else ("tpu", {})
     try:
-        return list(topologies.get_topology_desc(platform=platform, topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform=platform, topology_name=topology, **options).devices)
     except (RuntimeError, NotImplementedError, ValueError) as error:  # JAX's own errors are RuntimeErrors
         raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from error
 

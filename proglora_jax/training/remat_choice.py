@@ -86,13 +86,17 @@ def in_words(remat: Remat) -> str:
     return f"{', '.join(f'{policy} at {positions}' for positions, policy in remat.items())} positions"
 
 
-def device_limit() -> int:
-    """Bytes of the first device by what it says itself, by process 0 for all of them; 0 where it does not say (a CPU).
+def planning_limit(allowed: int) -> int:
+    """Bytes of a device to plan with, from those that a program may use.
 
-    A device says what is left beside the runtime, which plans count as their own part: it is added here.
+    These are what is left beside the runtime, which plans count as their own part: it is added here.
     """
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    limit += int(memory.RUNTIME / memory.USABLE) if limit else 0
+    return allowed + int(memory.RUNTIME / memory.USABLE) if allowed else 0
+
+
+def device_limit() -> int:
+    """Bytes of the first device by what it says itself, by process 0 for all of them; 0 where it does not say (a CPU)."""
+    limit = planning_limit((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
     if jax.process_count() == 1:
         return limit
     from jax.experimental import multihost_utils

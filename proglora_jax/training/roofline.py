@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from proglora_jax.core.gpus import GPUS
 from proglora_jax.core.types import Targets
 from proglora_jax.methods.views import Cost
 from proglora_jax.models.presets import LlavaConfig
@@ -126,7 +127,8 @@ class Chip:
 
     Attributes:
         name: as people say it.
-        hbm: bytes that a program may use, as its compiler says; 0 where unknown (a GPU says it at run time).
+        hbm: bytes; of a TPU those that a program may use, as its compiler says, of a GPU all (a run takes `host.gpu_memory_share` of
+            them); 0 where unknown.
         peak: floating-point operations per second in bfloat16, as published (dense); 0 where unknown.
     """
 
@@ -139,11 +141,11 @@ CHIPS = {  # by JAX's device kind
     "TPU v5 lite": Chip("TPU v5e", int(15.75 * 2**30), 197e12),
     "TPU v5": Chip("TPU v5p", int(95.74 * 2**30), 459e12),
     "TPU v6 lite": Chip("TPU v6e", int(31.25 * 2**30), 918e12),
-    "NVIDIA A100-SXM4-40GB": Chip("A100 40GB", 0, 312e12),
-    "NVIDIA A100-SXM4-80GB": Chip("A100 80GB", 0, 312e12),
-    "NVIDIA H100 PCIe": Chip("H100 PCIe", 0, 756e12),
-    "NVIDIA H100 80GB HBM3": Chip("H100", 0, 989e12),
-    "NVIDIA H200": Chip("H200", 0, 989e12),
+    "NVIDIA A100-SXM4-40GB": Chip("A100 40GB", GPUS["a100-40gb"].memory, 312e12),
+    "NVIDIA A100-SXM4-80GB": Chip("A100 80GB", GPUS["a100-80gb"].memory, 312e12),
+    "NVIDIA H100 PCIe": Chip("H100 PCIe", GPUS["h100-pcie"].memory, 756e12),
+    "NVIDIA H100 80GB HBM3": Chip("H100", GPUS["h100"].memory, 989e12),
+    "NVIDIA H200": Chip("H200", GPUS["h200"].memory, 989e12),
 }
 
 

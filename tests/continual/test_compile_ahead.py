@@ -1,4 +1,4 @@
-"""Programs compiled for TPU slices that are not there: at tiny size with the real compiler, and what is said where they do not fit."""
+"""Programs compiled for TPUs and GPUs that are not there: at tiny size with the real compilers, and what is said where they do not fit."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ from proglora_jax.training import attention_choice, programs
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed: pip install -e '.[aot]'")
+needs_cuda = pytest.mark.skipif(
+    not any(importlib.util.find_spec(name) for name in ("jax_cuda13_plugin", "jax_cuda12_plugin")),
+    reason="JAX's CUDA plugin, the compiler for GPUs, is not installed: pip install -e '.[cuda13]'")
+WIDE = dataclasses.replace(tiny_llava.CONFIG.text_config, hidden_size=256, num_attention_heads=2, num_key_value_heads=2, head_dim=128)
 TINY = ["--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.method.rank=2", "--config.method.dropout=0.0",
         "--config.data.buckets=((128,8),)", "--config.data.max_length=128", "--config.evaluate.prompt_lengths=(128,)",
         "--config.evaluate.max_new_tokens=4", "--config.train.micro_batches=1"]  # fmt: skip
@@ -39,8 +43,7 @@ def tiny(monkeypatch):
 @needs_compiler
 def test_the_programs_of_a_run_compile_for_a_slice(tiny, monkeypatch, tmp_path, capsys):
     """On a mesh that splits the rows, with heads as wide as the real models': the fused kernel is there, and only weights are gathered."""
-    wide = dataclasses.replace(tiny_llava.CONFIG.text_config, hidden_size=256, num_attention_heads=2, num_key_value_heads=2, head_dim=128)
-    monkeypatch.setitem(presets.PRESETS, "llava15_7b", lambda: dataclasses.replace(tiny_llava.CONFIG, text_config=wide))
+    monkeypatch.setitem(presets.PRESETS, "llava15_7b", lambda: dataclasses.replace(tiny_llava.CONFIG, text_config=WIDE))
     path = tmp_path / "report.json"
     with jax.default_matmul_precision("default"):  # that of a run; these tests' own, the highest, is not for bfloat16 kernels
         assert tools.main([*tiny, "--json", str(path), "--hlo", str(tmp_path / "hlo")]) == 0
@@ -65,6 +68,63 @@ def test_the_programs_of_a_run_compile_for_a_slice(tiny, monkeypatch, tmp_path, 
     assert gathered and max(gathered) <= 2 * 256 * 256, "weights in bfloat16 alone"
 
 
+@needs_cuda
+def test_the_programs_of_a_run_compile_for_gpus(tiny, monkeypatch, tmp_path, capsys):
+    """Two hosts of two GPUs, and a single one: cuDNN's attention is there, memory is that of a run, and weights are what is gathered."""
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(presets.PRESETS, "llava15_7b", lambda: dataclasses.replace(tiny_llava.CONFIG, text_config=WIDE))
+    path = tmp_path / "report.json"
+    with jax.default_matmul_precision("default"):
+        assert tools.main([*tiny, "--topology", "h100:2x2", "--json", str(path), "--hlo", str(tmp_path / "hlo")]) == 0
+    report, text = json.loads(path.read_text()), capsys.readouterr().out
+    assert (report["attention"], report["attention_reason"]) == ("cudnn", "fused kernel on GPU")
+    train, answer, shared = report["programs"]
+    for program in (train, answer, shared):
+        assert "__cudnn$fmha" in (tmp_path / "hlo" / f"{program['program']}_128.txt").read_text()
+    assert (report["chips"], report["chip"], report["hbm"]) == (4, "H100", int(0.94 * 84_942_979_072))
+    assert report["fits"] and not report["advice"] and f"{train['memory_total'] / 2**30:.2f} of 74.36 GiB a chip" in text
+    assert "no autotuning" in report["notes"][0] and report["notes"][0] in text
+    assert any(re.fullmatch(r"jax-cuda\d+-plugin", name) for name in report["versions"]) and "libtpu" not in report["versions"]
+    held = report["backbone_bytes_per_chip"] + 3 * report["trainable_bytes"]
+    assert 0 < held <= train["memory"]["arguments"] and train["flops"] > 0 and answer["flops_per_new_token"] > 0
+    summed = sum(one["bytes"] * one["times"] for one in train["collectives"] if one["kind"] == "all-reduce")
+    assert report["trainable_bytes"] / 2 < summed <= report["trainable_bytes"] + 1024
+    gathered = sum(one["bytes"] * one["times"] for one in train["collectives"] if one["kind"] == "all-gather")
+    assert 0 < gathered <= 2 * report["backbone_bytes"], "weights, once forward and once backward at most"
+
+    alone = ["--topology", "a100-40gb", "--program", "train", "--config.mesh.fsdp=1"]
+    with jax.default_matmul_precision("default"):
+        assert tools.main([*tiny, *alone]) == 0
+    text = capsys.readouterr().out
+    assert "1 x A100 40GB (a100-40gb)" in text and "no collectives" in text and "attention cudnn" in text
+
+
+@needs_cuda
+def test_a_program_that_a_gpu_has_no_memory_for_does_not_fit(tiny, monkeypatch, capsys):
+    """The compiler for GPUs refuses nothing: its plan is compared with what a run may take."""
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.0001")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    with jax.default_matmul_precision("default"):
+        assert tools.main([*tiny, "--topology", "h100:4", "--program", "train"]) == 1
+    text = capsys.readouterr().out
+    assert re.search(r"DOES NOT FIT into 0.01 GiB: it needs 0.\d\d GiB \(arguments 0", text) and "It does not fit:" in text
+
+
+def test_without_the_compiler_for_gpus_it_says_what_to_install(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(compile_ahead.gpus, "_PACKAGES", {13: ("no-such-package-13",), 12: ("no-such-package-12",)})
+    assert tools.main([*tiny, "--topology", "h100:4"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --topology h100:4: JAX compiles for GPUs through its CUDA plugin, which is not installed: pip install")
+
+
+def test_the_verdict_for_gpus_is_that_of_the_plan_and_for_tpus_that_of_the_compiler():
+    result = {"memory_total": 3 << 30, "memory": {"arguments": 1 << 30, "temporaries": 2 << 30}}
+    assert compile_ahead._verdict(result, "h100:8", 3 << 30) == {"fits": True} == compile_ahead._verdict(result, "v5e:4x4", 1)
+    error = "it needs 3.00 GiB (arguments 1.00, temporaries 2.00)"
+    assert compile_ahead._verdict(result, "h100:8", (3 << 30) - 1) == {"fits": False, "error": error}
+
+
 @needs_compiler
 def test_a_program_that_does_not_fit_says_which_setting_would(monkeypatch, tmp_path, capsys):
     """The 13B model whole on every chip of a small slice; the compiler's refusal is played, the rest is real."""
@@ -87,7 +147,8 @@ def test_a_program_that_does_not_fit_says_which_setting_would(monkeypatch, tmp_p
 @needs_compiler
 @pytest.mark.parametrize("change, sentence", [
     (["--topology", "v9:2x2"], "--topology v9:2x2: .*names look like v5e:4x4"),
-    (["--topology", "h100"], r"--topology h100: .*only through its CUDA plugin \(jax\[cuda12\]\) and a target configuration"),
+    (["--topology", "h900:8"], r"--topology h900:8: no such GPU is known, only a100-40gb, a100-80gb, h100, h100-pcie, h200$"),
+    (["--topology", "h100:2x"], r"--topology h100:2x: write h100 for one GPU, h100:8 for eight of one host"),
     (["--positions", "704"], r"--positions 704: not in config.data.buckets, which has 128"),
     (["--config.mesh.fsdp=8"], "config.mesh=.*needs 8 devices, 4 are there"),
     (["--config.evaluate.batch_size=30"], "config.evaluate.batch_size=30 cannot be split over 4 devices: --config.evaluate.batch_size=28"),

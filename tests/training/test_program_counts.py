@@ -117,8 +117,8 @@ def test_the_pieces_of_an_asynchronous_collective_count_once_and_an_open_loop_pe
 GPU = """HloModule jit_step, entry_computation_layout={()->f32[]}
 
 ENTRY %main (p: f32[2]) -> f32[2] {
-  %start.1 = ((bf16[64,64], /*index=1*/bf16[4,16]), (bf16[256,64], bf16[16,16])) all-gather-start(%a, %b), channel_id=1, replica_groups=[1,4]<=[4]
-  %all-gather-done = (bf16[256,64], bf16[16,16]) all-gather-done(%start.1)
+  %s.1 = ((bf16[64,64], bf16[4,16]), (bf16[256,64], bf16[16,16])) all-gather-start(%a, %b), channel_id=1, replica_groups=[1,4]<=[4]
+  %all-gather-done = (bf16[256,64], bf16[16,16]) all-gather-done(%s.1)
   %all-reduce-start = ((bf16[70144]), bf16[70144]) all-reduce-start(%c), channel_id=2, replica_groups=[1,4]<=[4]
   %all-reduce-done = bf16[70144] all-reduce-done(%all-reduce-start)
   %reduce-scatter-start = ((f32[32,64]), f32[8,64]) reduce-scatter-start(%d), channel_id=3, replica_groups=[1,4]<=[4]
