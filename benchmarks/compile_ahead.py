@@ -33,8 +33,8 @@ SLICES = {
 TITLES = {
     "tpu": ("Full-size programs compiled for TPU slices, without a TPU", ""),
     "gpu": ("Full-size programs compiled for NVIDIA GPUs, without a GPU",
-            " HBM is what a run may take, 94 % of the memory. A compile on the machine chooses kernels by timing them and asks cuDNN for its "
-            "workspace: its temporaries differ somewhat."),
+            " HBM is what a run may take, 94 % of the memory. A compile on the machine chooses kernels by timing them and asks cuDNN for "
+            "its workspace: its temporaries differ somewhat."),
 }  # fmt: skip
 
 
@@ -94,8 +94,8 @@ def write_table(kind: str) -> Path:
     lines = [
         f"# {title}", "",
         f"Made by `python benchmarks/compile_ahead.py --kind {kind}`. Memory is what the compiler plans for one chip (arguments, results, "
-        "temporaries, code); FLOPs are those of the traced program's matmuls; bytes sent are estimated from the compiled program's collectives by a ring. "
-        f"Nothing was run and nothing was timed.{besides}", "",
+        "temporaries, code); FLOPs are those of the traced program's matmuls; bytes sent are estimated from the compiled program's "
+        f"collectives by a ring. Nothing was run and nothing was timed.{besides}", "",
         row(table.head), row(["---"] * len(table.head)), *(row(cells) for cells in table.rows), "",
     ]
     for report in reports:
