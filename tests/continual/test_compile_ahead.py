@@ -69,6 +69,7 @@ def test_the_programs_of_a_run_compile_for_a_slice(tiny, monkeypatch, tmp_path, 
 
 
 @needs_cuda
+@pytest.mark.slow
 def test_the_programs_of_a_run_compile_for_gpus(tiny, monkeypatch, tmp_path, capsys):
     """Two hosts of two GPUs, and a single one: cuDNN's attention is there, memory is that of a run, and weights are what is gathered."""
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
@@ -86,8 +87,11 @@ def test_the_programs_of_a_run_compile_for_gpus(tiny, monkeypatch, tmp_path, cap
     assert report["fits"] and not report["advice"] and f"{train['memory_total'] / 2**30:.2f} of 74.36 GiB a chip" in text
     assert "no autotuning" in report["notes"][0] and report["notes"][0] in text
     assert any(re.fullmatch(r"jax-cuda\d+-plugin", name) for name in report["versions"]) and "libtpu" not in report["versions"]
-    held = report["backbone_bytes_per_chip"] + 3 * report["trainable_bytes"]
-    assert 0 < held <= train["memory"]["arguments"] and train["flops"] > 0 and answer["flops_per_new_token"] > 0
+    # the backbone's projector is no argument: the trained one stands in its place
+    projector = 2 * 256 * (tiny_llava.CONFIG.vision_config.hidden_size + 1 + 256 + 1)
+    held = report["backbone_bytes_per_chip"] - projector + 3 * report["trainable_bytes"]
+    assert 0.98 * train["memory"]["arguments"] < held <= train["memory"]["arguments"]
+    assert train["flops"] > 0 and answer["flops_per_new_token"] > 0
     summed = sum(one["bytes"] * one["times"] for one in train["collectives"] if one["kind"] == "all-reduce")
     assert report["trainable_bytes"] / 2 < summed <= report["trainable_bytes"] + 1024
     gathered = sum(one["bytes"] * one["times"] for one in train["collectives"] if one["kind"] == "all-gather")
@@ -103,12 +107,12 @@ def test_the_programs_of_a_run_compile_for_gpus(tiny, monkeypatch, tmp_path, cap
 @needs_cuda
 def test_a_program_that_a_gpu_has_no_memory_for_does_not_fit(tiny, monkeypatch, capsys):
     """The compiler for GPUs refuses nothing: its plan is compared with what a run may take."""
-    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.0001")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.00001")
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     with jax.default_matmul_precision("default"):
         assert tools.main([*tiny, "--topology", "h100:4", "--program", "train"]) == 1
     text = capsys.readouterr().out
-    assert re.search(r"DOES NOT FIT into 0.01 GiB: it needs 0.\d\d GiB \(arguments 0", text) and "It does not fit:" in text
+    assert re.search(r"DOES NOT FIT into 0.00 GiB: it needs 0.\d\d GiB \(arguments 0", text) and "It does not fit:" in text
 
 
 def test_without_the_compiler_for_gpus_it_says_what_to_install(tiny, monkeypatch, capsys):
