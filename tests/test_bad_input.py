@@ -137,7 +137,7 @@ def test_mistakes_on_the_command_line_and_in_the_config_file(answers, number):
 # --------------------------------------------------------------------------------------------------------------- the fields
 
 WRONG = {
-    "model.dtype": "float31", "model.param_dtype": "f32", "model.attention": "flash", "model.remat": "some", "model.unroll": 0,
+    "model.dtype": "float31", "model.param_dtype": "f32", "model.attention": "flash", "model.remat": "some", "model.unroll": -1,
     "data.benchmark": "mini", "data.root": "", "data.instruction_set": "original", "data.template": "vicuna", "data.max_length": 0,
     "data.buckets": ((64,),), "data.train_examples": -1, "data.embedded_train_size": 0, "data.embedded_test_size": 0,
     "data.embedded_seed": -1, "data.max_labels": -1, "data.grouping": "length", "data.remainder": "keep", "data.on_bad_image": "skip",

@@ -103,11 +103,15 @@ class Session:
         data = self.settings.data
         return ImageLoader(self.images, mode, data.on_bad_image, data.image_cache_mb << 20)
 
+    @property
+    def _options(self) -> dict[str, Any] | None:
+        """Of the compiler, for what has a backward pass."""
+        return compiler_options(self.settings.model.unroll, self.llava.config.text_config.num_hidden_layers, self.mesh)
+
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def train_step(self, separate_replay: bool, phase: Phase) -> Callable:
         """The training step of a kind of phase, as `Phase.program` names it."""
-        options = compiler_options(self.settings.model.unroll, self.mesh)
-        return step.make_train_step(self.method, self.settings.train, self.remat, separate_replay, self.mesh, phase, options)
+        return step.make_train_step(self.method, self.settings.train, self.remat, separate_replay, self.mesh, phase, self._options)
 
     @functools.cached_property
     def probe_step(self) -> Callable:
@@ -117,7 +121,7 @@ class Session:
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def squared_gradients(self, names: tuple[str, ...], kind: str) -> Callable:
         """The sum of squared gradients."""
-        return fisher.make_squared_gradients(self.method, self.mesh, names, kind, self.remat)
+        return fisher.make_squared_gradients(self.method, self.mesh, names, kind, self.remat, self._options)
 
     @functools.lru_cache(maxsize=16)  # noqa: B019
     def generator(self, max_new_tokens: int, by_image: bool = False) -> Callable:

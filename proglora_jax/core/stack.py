@@ -80,7 +80,7 @@ def scan(
             those of the layers that run, while the gradient of `layers` is summed over the whole stack once a layer.
         policy: name of a rematerialisation policy, see `remat`.
         count: run only the first `count` layers; None runs all.
-        unroll: number of layers in one turn of the loop.
+        unroll: number of layers in one turn of the loop; as many as run, or more, and there is no loop.
 
     Returns:
         (carry, outputs stacked over the layers that ran).
@@ -109,7 +109,7 @@ def _one_by_one(body: Callable, carry: PyTree, layers: PyTree, trained: PyTree, 
     """
     pieces = lambda leaf: [piece[0] for piece in jax.lax.split(leaf[:count], (1,) * count)]  # its transpose is one concatenation
     leaves, structure = jax.tree.flatten(trained)
-    own, outputs = [jax.tree.unflatten(structure, parts) for parts in zip(*map(pieces, leaves), strict=True)] or [None] * count, []
+    own, outputs = [jax.tree.unflatten(structure, parts) for parts in zip(*map(pieces, leaves), strict=True)] or [trained] * count, []
     for index in range(count):
 
         def at(carry: PyTree, own: PyTree, index: int = index):

@@ -129,7 +129,7 @@ def train_language(
     used = None
 
     def outputs(trained, used, features, tokens, label_index):
-        model = Llava.from_tree(config, {**tree, **trained}, Settings(unroll=config.text_config.num_hidden_layers))
+        model = Llava.from_tree(config, {**tree, **trained}, Settings(unroll=max(1, config.text_config.num_hidden_layers - 1)))
         x = model.embed(tokens.astype(jnp.int32), model.project(features.astype(jnp.float32)))
         hidden = model.decode(x).hidden
         picked = jnp.take_along_axis(hidden, label_index.astype(jnp.int32)[..., None], 1)  # [B, K, D]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,9 @@ def chosen(params: PyTree, names: tuple[str, ...]) -> dict[str, Any]:
     return trees.partition(params, trees.mask_by_prefix(params, names))[0]
 
 
-def make_squared_gradients(method: Method, mesh: Mesh, names: tuple[str, ...], kind: str, remat: Remat) -> Callable:
+def make_squared_gradients(
+    method: Method, mesh: Mesh, names: tuple[str, ...], kind: str, remat: Remat, options: Mapping[str, Any] | None = None
+) -> Callable:
     """The program that adds a batch's squared gradients to a sum; compiled once per bucket.
 
     Args:
@@ -35,6 +37,7 @@ def make_squared_gradients(method: Method, mesh: Mesh, names: tuple[str, ...], k
         kind: "batch" squares the gradient of the batch's token mean; "per_sample" squares that of each row's own token mean and adds
             the rows up. A row without supervised tokens adds nothing.
         remat: rematerialisation policy, see `step.Remat`.
+        options: of the compiler, see `loop_choice.compiler_options`.
 
     Returns:
         (total, params, memory, llava, batch, stage) -> total; the first is donated.
@@ -68,7 +71,7 @@ def make_squared_gradients(method: Method, mesh: Mesh, names: tuple[str, ...], k
         return jax.lax.scan(turn, total, turns)[0]
 
     add = meshes.on_mesh(add_batch if kind == "batch" else add_samples, mesh)
-    return jax.jit(add, donate_argnums=(0,), out_shardings=meshes.replicated(mesh))
+    return jax.jit(add, donate_argnums=(0,), out_shardings=meshes.replicated(mesh), compiler_options=options and dict(options))
 
 
 def zeros(params: PyTree, names: tuple[str, ...]) -> PyTree:

@@ -31,7 +31,7 @@ def choose_unroll(settings: Settings, platform: str) -> Settings:
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, unroll=ALL if platform in _GPU and whole else 1))
 
 
-def compiler_options(unroll: int, mesh: Mesh) -> dict[str, Any] | None:
+def compiler_options(unroll: int, layers: int, mesh: Mesh) -> dict[str, Any] | None:
     """XLA's options for a training step on the mesh's devices; None leaves them as they are.
 
     On GPUs the matmuls are cuBLAS', which adds a low-rank delta into the output of the frozen linear; Triton's would write both. XLA's
@@ -40,8 +40,9 @@ def compiler_options(unroll: int, mesh: Mesh) -> dict[str, Any] | None:
 
     Args:
         unroll: layers in one turn of the loop, as `choose_unroll` leaves it.
+        layers: of the language model.
         mesh: of the devices that run the step.
     """
     if mesh.devices.flat[0].platform not in _GPU:
         return None
-    return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": unroll >= ALL}
+    return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": unroll >= layers}

@@ -36,7 +36,7 @@ def trace_train_step(settings: Settings, llava: Llava, stage: StageShapes, rows:
     trainable, frozen = trees.partition(stage.state.params, stage.mask)
     moments = jax.eval_shape(optim.transform(settings.train).init, trainable)
     batch = shapes.abstract_batch(rows, bucket, llava.config.vision_config.image_size)
-    options = compiler_options(settings.model.unroll, mesh)
+    options = compiler_options(settings.model.unroll, llava.config.text_config.num_hidden_layers, mesh)
     step = make_train_step(settings.method, settings.train, settings.model.remat, False, mesh, stage.phase.program(), options)
     held = [placed(part, same) for part in (trainable, moments, frozen, stage.state.memory)]
     control = placed(_control(settings, stage), same)

@@ -64,9 +64,10 @@ def test_states_at_positions_are_those_of_the_whole_layer(layers, rng):
         np.testing.assert_allclose(cut, gather(whole), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", list(stack.REMAT_POLICIES))
-def test_gradients_are_those_of_the_whole_layer_under_every_policy(remat, rng):
-    llava, x = model(unroll=2), inputs(rng)
+# With a loop over the layers before the last one, and without.
+@pytest.mark.parametrize("remat, unroll", [*((policy, 1) for policy in stack.REMAT_POLICIES), ("none", 2), ("qkvo_mlp", 2)])
+def test_gradients_are_those_of_the_whole_layer_under_every_policy(remat, unroll, rng):
+    llava, x = model(unroll=unroll), inputs(rng)
     adapter = adapter_of(llava)
 
     def loss(trained, x, states):

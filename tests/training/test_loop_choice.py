@@ -30,9 +30,10 @@ def test_an_undecided_loop_is_a_loop():
 
 def test_options_of_the_compiler_are_for_gpus():
     gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
-    assert compiler_options(1, tiny_llava.mesh(data=1)) is None
-    looped, whole = compiler_options(1, gpu), compiler_options(ALL, gpu)
+    assert compiler_options(1, 32, tiny_llava.mesh(data=1)) is None
+    looped, whole = compiler_options(1, 32, gpu), compiler_options(ALL, 32, gpu)
     assert looped == {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": False}
     assert whole == looped | {"xla_gpu_enable_dynamic_slice_fusion": True}
+    assert compiler_options(31, 32, gpu) == looped and compiler_options(32, 32, gpu) == whole
     # XLA knows them on every platform: a name that it does not know would stop a run.
     assert float(jax.jit(lambda x: x + 1, compiler_options=whole)(1.0)) == 2.0
