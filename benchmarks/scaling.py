@@ -237,7 +237,7 @@ def measured_share() -> tuple[float, str]:
         report = json.loads(path.read_text(encoding="utf-8"))
         best = next(iter(report["goals"].values()))
         if not report["tiny"] and best:
-            return best, "measured by benchmarks/gpu.py"
+            return best, f"measured by benchmarks/gpu.py on one {report['rows'][0]['device']}"
     return ASSUMED_SHARE, "assumed"
 
 

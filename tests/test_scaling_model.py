@@ -54,7 +54,7 @@ def test_the_committed_table_follows_from_its_numbers(scaling):
         (line.chips, pytest.approx(line.compute), pytest.approx(line.network)) for line in lines]
     text = (scaling.RESULTS / "scaling.md").read_text()
     assert "Computed, not timed" in text and text.count("\n| H100") == len(kept)
-    assert content["gpu_mfu_is"] in ("assumed", "measured by benchmarks/gpu.py")
+    assert content["gpu_mfu_is"].startswith(("assumed", "measured by benchmarks/gpu.py"))
 
 
 def test_slices_gather_within_fsdp_and_sum_over_all(scaling):
