@@ -434,6 +434,7 @@ def test_empty_answers(refuse, here, root, tmp_path, caplog):
     assert "TextVQA record 10000002: no answer that is not empty" in refuse(data__on_unsupervised="raise", **fields)
     main.run(here.config("lora", **fields), tmp_path / "dropped")
     assert "Of 20 training rows, empty answers: 1." in caplog.text and "Of 20 training rows, unsupervised: 1." in caplog.text
+    assert "Left out: TextVQA record 10000002: no answer that is not empty" in caplog.text
     caplog.clear()
     main.run(here.config("lora", data__empty_answer="eos", **fields), tmp_path / "eos")
     assert "empty answers: 1." in caplog.text and "unsupervised" not in caplog.text

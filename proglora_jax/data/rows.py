@@ -18,6 +18,8 @@ from proglora_jax.data.tokens import Encoded, Encoder
 UNSUPERVISED_POLICIES = ("drop", "raise")
 # Records tokenised per call: enough for the tokenizer's own threads, little memory.
 _CHUNK = 512
+# Records that a warning names.
+_NAMED = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +114,9 @@ def encode_rows(rows: Sequence[TrainRow], encoder: Encoder, on_unsupervised: str
     for name, count in counts.items():
         if count:
             logging.warning("Of %d training rows, %s: %d.", len(rows), name.replace("_", " "), count)
+    if problems:
+        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        logging.warning("Left out: %s%s.", "; ".join(problems[:_NAMED]), more)
     return _pack(kept, encoded, encoder, counts)
 
 
