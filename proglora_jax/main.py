@@ -72,6 +72,7 @@ def _run_flags(config: dict[str, Any]) -> None:
     from proglora_jax.core import host
 
     host.claim_gpu_memory()
+    host.leave_torch_out()
     host.settle_on_cpu()  # before the next lines import jax
     from proglora_jax.training.console import setup_console
     from proglora_jax.training.loop import Stopped

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from proglora_jax.core.host import claim_gpu_memory, settle_on_cpu
+from proglora_jax.core.host import claim_gpu_memory, leave_torch_out, settle_on_cpu
 from proglora_jax.data.errors import UserError, disk_errors
 
 
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> None:
     """The console script proglora-tools."""
     claim_gpu_memory()  # what doctor plans with is what a run has
+    if "to-hf" not in sys.argv:  # which compares what it wrote with torch
+        leave_torch_out()
     settle_on_cpu()
     try:
         status = main()

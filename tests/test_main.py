@@ -190,14 +190,15 @@ def test_help_is_quick_and_names_the_flags():
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60).returncode == 0
 
 
-def test_where_jax_looks_for_devices_is_settled_before_jax_is_there():
+def test_what_is_settled_before_jax_is_there():
+    """Where JAX looks for devices, its share of a GPU, and that transformers finds no torch."""
     code = """
 import os, sys
 from proglora_jax import main
 from proglora_jax.core import host
 
 def settle():
-    print("jax" in sys.modules, os.environ.get("XLA_CLIENT_MEM_FRACTION"))
+    print("jax" in sys.modules, os.environ.get("XLA_CLIENT_MEM_FRACTION"), sys.modules.get("torch", "there"))
     sys.exit()
 
 host.settle_on_cpu = settle
@@ -205,7 +206,7 @@ sys.argv = ["main", "--config=configs/coin_mini.py:smoke"]
 main.entry()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "False 0.94\n", done.stderr
+    assert done.stdout == "False 0.94 None\n", done.stderr
 
 
 def test_a_workdir_belongs_to_one_process_and_one_config(tmp_path):

@@ -87,9 +87,11 @@ def _server() -> subprocess.Popen:
 
 
 def _import_all() -> None:
-    """What a run imports, but for torch: transformers would load it where it is installed, which takes as long as all the rest."""
+    """What a run imports."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    sys.modules["torch"] = None
+    from proglora_jax.core import host
+
+    host.leave_torch_out()
     import grain.python  # noqa: F401
     import matplotlib.backends.backend_agg  # noqa: F401
     import matplotlib.figure  # noqa: F401

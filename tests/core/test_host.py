@@ -1,15 +1,18 @@
-"""Freed memory stays with the process, a libtpu without a TPU keeps quiet: in processes of their own; and where programs are kept."""
+"""What a process settles with its host, shown in processes of their own where need be: freed memory, a quiet libtpu, no torch, and more."""
 
 from __future__ import annotations
 
 import glob
+import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+from proglora_jax import tools
 from proglora_jax.core import host
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +80,30 @@ def test_a_run_takes_most_of_a_gpu_unless_someone_says_how_much(monkeypatch, nam
     before = dict(os.environ)
     host.claim_gpu_memory()
     assert dict(os.environ) == before | ({} if named else {"XLA_CLIENT_MEM_FRACTION": "0.94"})
+
+
+# ------------------------------------------------------------------------------------------------------------------------- without torch
+
+
+def test_a_process_does_without_torch_unless_it_has_it_already(monkeypatch):
+    monkeypatch.setattr(sys, "modules", {name: module for name, module in sys.modules.items() if name.partition(".")[0] != "torch"})
+    assert host.leave_torch_out() and host.leave_torch_out()
+    assert importlib.util.find_spec("torch") is None
+    sys.modules["torch"] = torch = types.ModuleType("torch")
+    assert not host.leave_torch_out() and sys.modules["torch"] is torch
+
+
+@pytest.mark.parametrize("command, expected", [("check-data root", True), ("convert from-hf folder", True), ("convert to-hf run", False)])
+def test_only_the_export_keeps_torch(monkeypatch, command, expected):
+    left_out = []
+    monkeypatch.setattr(tools, "claim_gpu_memory", lambda: None)
+    monkeypatch.setattr(tools, "settle_on_cpu", lambda: None)
+    monkeypatch.setattr(tools, "leave_torch_out", lambda: left_out.append(True))
+    monkeypatch.setattr(tools, "main", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["tools", *command.split()])
+    with pytest.raises(SystemExit):
+        tools.entry()
+    assert bool(left_out) is expected
 
 
 # ------------------------------------------------------------------------------------------------------- where JAX looks for devices
