@@ -74,9 +74,11 @@ def _run_flags(config: dict[str, Any]) -> None:
     host.claim_gpu_memory()
     host.leave_torch_out()
     host.settle_on_cpu()  # before the next lines import jax
-    from proglora_jax.training.console import setup_console
-    from proglora_jax.training.loop import Stopped
-    from proglora_jax.training.processes import join, leave_together
+    with host.kept_for_good():
+        from proglora_jax.continual import report, runner  # noqa: F401 (what `run` imports)
+        from proglora_jax.training.console import setup_console
+        from proglora_jax.training.loop import Stopped
+        from proglora_jax.training.processes import join, leave_together
 
     setup_console()
     host.keep_freed_memory()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import glob
 import importlib.util
 import os
@@ -80,6 +82,17 @@ def test_a_run_takes_most_of_a_gpu_unless_someone_says_how_much(monkeypatch, nam
     before = dict(os.environ)
     host.claim_gpu_memory()
     assert dict(os.environ) == before | ({} if named else {"XLA_CLIENT_MEM_FRACTION": "0.94"})
+
+
+@pytest.mark.parametrize("ends", ["well", "with an error"])
+def test_imports_are_kept_from_the_garbage_collector(monkeypatch, ends):
+    frozen = []
+    monkeypatch.setattr(host.gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    with contextlib.suppress(ImportError), host.kept_for_good():
+        assert not gc.isenabled()
+        if ends != "well":
+            raise ImportError
+    assert frozen == [False] and gc.isenabled()
 
 
 # ------------------------------------------------------------------------------------------------------------------------- without torch
