@@ -298,7 +298,7 @@ BAD = [
     (ProgLoRADynamic, "key_scale", -1.0), (ProgLoRADynamic, "gate_bonus", -1.0), (ProgLoRADynamic, "gate_bonus_fraction", 0.0),
     (ProgLoRADynamic, "gate_lr_multiplier", -1.0), (ProgLoRADynamic, "recall_weight", -2.0), (ProgLoRADynamic, "recall_per_task", -1),
     (ProgLoRADynamic, "recall_count", "some"), (ProgLoRADynamic, "recall_kl", "js"), (ProgLoRADynamic, "recall_reduction", "max"),
-    (ProgLoRADynamic, "recall_batch", -1), (ProgLoRADynamic, "recall_targets", "new"),
+    (ProgLoRADynamic, "recall_batch", -1), (ProgLoRADynamic, "recall_targets", "new"), (ProgLoRADynamic, "match_weight", -1.0),
     (ProgLoRAStatic, "weights", "learned"), (ProgLoRAStatic, "recall_weight", -1.0), (ProgLoRAStatic, "recall_per_task", -1),
     (ProgLoRAStatic, "recall_count", "some"), (ProgLoRAStatic, "replay_block", "old"), (ProgLoRAStatic, "replay_mix", "all"),
 ]  # fmt: skip
@@ -308,3 +308,8 @@ BAD = [
 def test_a_bad_value_is_refused_by_its_name(cls, field, value):
     with pytest.raises(UserError, match=rf"^config\.method\.{field}='?{value}'?: "):
         cls(**{field: value})
+
+
+def test_a_matching_loss_is_of_one_gate_for_all_layers():
+    with pytest.raises(UserError, match=r"^config\.method\.match_weight=1\.0: must be 0 with routing_scope='per_layer'"):
+        ProgLoRADynamic(routing_scope="per_layer", match_weight=1.0)
