@@ -88,6 +88,7 @@ def _server() -> subprocess.Popen:
 
 def _import_all() -> None:
     """What a run imports."""
+    gc.set_threshold(100_000, 50, 50)  # as in conftest.py, and for the same reason; the forks inherit it
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from proglora_jax.core import host
 
