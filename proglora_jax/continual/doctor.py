@@ -99,11 +99,11 @@ def diagnose(config: Mapping[str, Mapping[str, Any]], machine: Machine | None = 
     if find_set(settings.data.instruction_set) in REDUCED:
         notes.append(f"config.data.instruction_set={settings.data.instruction_set}: how many records its files have is not known here; "
                      "rows, steps, questions and hours are those of the whole set, at most")
-    settings, _ = choose_attention(choose_unroll(settings, jax.default_backend()), jax.default_backend(), planned=True)
+    count, platform = machine.devices or jax.device_count(), jax.default_backend()
+    settings, _ = choose_attention(choose_unroll(settings, platform, count), platform, planned=True)
     sizes, source = model_sizes(settings.model)
     found, problem = weights_found(settings.model)
     notes += [note for note in (problem, _encoders_problem(settings)) if note]
-    count = machine.devices or jax.device_count()
     try:
         mesh = meshes.abstract_mesh(dataclasses.asdict(settings.mesh), count)
     except ValueError as error:

@@ -15,13 +15,12 @@ from proglora_jax.training.loop_choice import ALL, choose_unroll, compiler_optio
 from proglora_jax.training.settings import ModelSettings
 
 
-@pytest.mark.parametrize("platform, fields, wanted", [
-    ("gpu", {}, ALL), ("cuda", {}, ALL), ("cpu", {}, 1), ("tpu", {}, 1), ("gpu", {"mesh__data": 8}, ALL),
-    ("gpu", {"mesh__fsdp": 8}, 1), ("gpu", {"mesh__model": 2}, 1),  # weights come from other devices layer by layer
-    ("gpu", {"model__unroll": 1}, 1), ("cpu", {"model__unroll": 4}, 4),  # what the config states stays
+@pytest.mark.parametrize("platform, devices, fields, wanted", [
+    ("gpu", 1, {}, ALL), ("cuda", 1, {}, ALL), ("cpu", 1, {}, 1), ("tpu", 1, {}, 1), ("gpu", 8, {}, 1),
+    ("gpu", 1, {"model__unroll": 1}, 1), ("cpu", 8, {"model__unroll": 4}, 4),  # what the config states stays
 ])  # fmt: skip
-def test_layers_in_one_turn_by_platform(platform, fields, wanted):
-    assert choose_unroll(settings_of(**fields), platform).model.unroll == wanted
+def test_layers_in_one_turn_by_platform(platform, devices, fields, wanted):
+    assert choose_unroll(settings_of(**fields), platform, devices).model.unroll == wanted
 
 
 def test_an_undecided_loop_is_a_loop():
