@@ -4,7 +4,8 @@
     python benchmarks/coin_mini.py --set gates --seeds 0 1 2 --jobs 2
 
 Each run is the project's main job in a process of its own, under runs/benchmark/; a run that is finished is not repeated, and results
-of other seeds and variants that an earlier call wrote for the same base model stay in the tables.
+of other seeds and variants that an earlier call wrote for the same base model stay in the tables. A run that the other set has at the same
+commit is taken from there.
 The results go to benchmarks/results/coin_mini_<set>.md (the table) and coin_mini_<set>.json (every number behind it).
 """
 
@@ -77,6 +78,13 @@ def base_model() -> str:
     return hashlib.sha256((ROOT / "proglora_jax/assets/coin_mini_base/model.safetensors").read_bytes()).hexdigest()[:12]
 
 
+def commit() -> str:
+    """The checkout's commit; "" where there is none, or where files differ from it."""
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return "" if changed.returncode or changed.stdout.strip() else git("rev-parse", "HEAD").stdout.strip()
+
+
 def kept(name: str, jobs: list[tuple]) -> list[dict]:
     """Records of earlier calls that this one does not replace."""
     path = ROOT / "benchmarks" / "results" / f"coin_mini_{name}.json"
@@ -86,13 +94,14 @@ def kept(name: str, jobs: list[tuple]) -> list[dict]:
 
 
 def known(name: str, variant: str, method: str, overrides: dict[str, float], seed: int) -> list[dict]:
-    """The record of the same run in another set's results, if it is there."""
-    found = []
+    """The record of the same run in another set's results, if it is there and of this very commit: the next one may differ in last bits."""
+    found, here = [], commit()
     for other, variants in SETS.items():
         path = ROOT / "benchmarks" / "results" / f"coin_mini_{other}.json"
         same = [title for title, value in variants.items() if value == (method, overrides)] if other != name and path.exists() else []
         found += [record | {"variant": variant} for record in (json.loads(path.read_text()) if same else [])
-                  if record["variant"] in same and record["seed"] == seed and record["base_model"] == base_model()]
+                  if record["variant"] in same and record["seed"] == seed and record["base_model"] == base_model()
+                  and here and record.get("commit") == here]
     return found[:1]
 
 
@@ -112,7 +121,7 @@ def run(variant: str, method: str, overrides: dict[str, float], seed: int, threa
     print(f"{variant}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
     record = json.loads((workdir / "results.json").read_text())
     command[-1] = str(workdir.relative_to(ROOT))
-    return record | {"variant": variant, "base_model": base_model(), "command": " ".join(["python", *command[1:]])}
+    return record | {"variant": variant, "base_model": base_model(), "commit": commit(), "command": " ".join(["python", *command[1:]])}
 
 
 def summary(record: dict) -> dict[str, float]:
