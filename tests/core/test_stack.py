@@ -78,7 +78,7 @@ def test_without_a_loop_it_is_the_same_function(rng, count, unroll, policy):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("policy, again", [("none", 0), ("full", 6 * 4)])
+@pytest.mark.parametrize("policy, again", [("none", 0), ("full", 5 * 4)])  # of the last of six layers only once: nobody asks for the loss
 def test_without_a_loop_a_barrier_keeps_what_is_computed_again_apart(rng, policy, again):
     """XLA would find it in the forward pass, and keep it. (On a CPU it drops the barriers: a GPU's memory shows what they are for.)"""
     big = {"w": jnp.ones((6, 64, 64)), "b": jnp.ones((6, 64))}
@@ -92,5 +92,5 @@ def test_without_a_loop_a_barrier_keeps_what_is_computed_again_apart(rng, policy
         return stack.scan(deep, jnp.ones((256, 64)), {"w": big["w"]}, trained=biases, policy=policy, unroll=6)[0].sum()
 
     text = jax.jit(jax.grad(loss)).lower({"b": big["b"]}).as_text()
-    assert "while" not in text and text.count("stablehlo.tanh") >= 24 + again - 6
-    assert text.count("stablehlo.optimization_barrier") >= 6
+    assert "while" not in text and text.count("stablehlo.tanh") == 6 * 4 + again
+    assert text.count("stablehlo.optimization_barrier") == 6
