@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import os
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 from proglora_jax.core import host
 
@@ -23,8 +28,9 @@ if "xla_backend_extra_options" not in os.environ["XLA_FLAGS"] and os.environ.get
 if "xla_disable_hlo_passes" not in os.environ["XLA_FLAGS"]:
     # XLA checks its own work after each of its passes, which takes another sixth.
     os.environ["XLA_FLAGS"] += " --xla_disable_hlo_passes=hlo-verifier"
-# Without the costly optimisations programs compile in half the time; they are run a few times only.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Without the costly optimisations programs compile in half the time; they are run a few times only. On a GPU they are what is tested.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 host.keep_freed_memory()
 # Compiled programs of the session: the first process makes the folder; workers and the runs that tests start find its name.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -67,6 +73,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """What is there before the first test stays; the collector need not look at it again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def load_benchmark() -> Iterator[Callable[[str], ModuleType]]:
+    """name -> a module of benchmarks/, which finds those beside it as when it is run."""
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    sys.path.insert(0, folder)
+    yield importlib.import_module
+    sys.path.remove(folder)
 
 
 @pytest.fixture

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def coin_mini():
+def coin_mini(load_benchmark):
     """benchmarks/coin_mini.py as a module."""
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module("coin_mini")
-    sys.path.remove(str(FOLDER))
+    return load_benchmark("coin_mini")
 
 
 @pytest.mark.parametrize("recorded, here, shared", [("a1", "a1", True), ("a1", "b2", False), (None, "a1", False), ("", "", False)])

@@ -33,13 +33,9 @@ ROWS, POSITIONS, LABELS = 4, 64, 6
 
 
 @pytest.fixture(scope="module")
-def sides():
+def sides(load_benchmark):
     """benchmarks/sides, the programs of a run at any size."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from sides import ours, rows
-
-    yield ours, rows
-    sys.path.remove(str(ROOT / "benchmarks"))
+    return load_benchmark("sides.ours"), load_benchmark("sides.rows")
 
 
 def settings_of(platform: str, dtype: str, method: str = "proglora_dynamic", **model):

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def scaling():
+def scaling(load_benchmark):
     """benchmarks/scaling.py as a module."""
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module("scaling")
-    sys.path.remove(str(FOLDER))
+    return load_benchmark("scaling")
 
 
 def test_a_ring_by_hand(scaling):
