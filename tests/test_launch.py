@@ -107,25 +107,48 @@ def test_slurm_starts_one_process_per_node_with_its_cpus_and_keeps_the_exit_code
     done = subprocess.run(["bash", LAUNCH / "slurm.sbatch", "c.py", "my run", "--config.a=b c"], env=slurm(environment))
     assert done.returncode == code
     expected = ["-m", "proglora_jax.main", "--config", "c.py", "--workdir", "my run", "--coordinator_address", "node1:25678"]
-    assert calls("python") == [[*expected, "--num_processes", "2", "--process_id", "1", "--config.a=b c"]]
+    assert calls("python") == [[*expected, "--num_processes", "2", "--process_id", "1", "--config.a=b c", "--stopped_exit_code", "75"]]
     assert not any("requeue" in call for call in calls("scontrol"))
 
 
-def test_slurm_queues_an_interrupted_run_again(stubs, tmp_path):
+# What stands for a run whose end is asked for: it saves and says that it stopped; it could not listen yet; it was at its end anyway; it fails.
+@pytest.mark.parametrize("code, queued, ends", [(75, True, 0), (143, True, 0), (0, False, 0), (1, False, 1)])
+def test_slurm_queues_an_interrupted_run_again(stubs, tmp_path, code, queued, ends):
     environment, make, calls = stubs
+    (tmp_path / "run").mkdir()
     make("scontrol", "echo node1")
     make("srun", SRUN)
     make("scancel", f"touch {tmp_path / 'stop'}")
-    # stands for a run that saves on SIGTERM and exits with 0
-    make("python", f"while [[ ! -e {tmp_path / 'stop'} ]]; do sleep 0.02; done; sleep 0.1")
-    job = subprocess.Popen(["bash", LAUNCH / "slurm.sbatch", "c.py", "run"], env=slurm(environment))
+    make("python", f"while [[ ! -e {tmp_path / 'stop'} ]]; do sleep 0.02; done; sleep 0.1; exit {code}")
+    job = subprocess.Popen(["bash", LAUNCH / "slurm.sbatch", "c.py", str(tmp_path / "run")], env=slurm(environment))
     until = time.monotonic() + 10
     while not calls("python") and time.monotonic() < until:
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=10) == 0
+    assert job.wait(timeout=10) == ends
     assert calls("scancel") == [["--signal=TERM", "45678"]]
-    assert ["requeue", "45678"] in calls("scontrol")
+    assert (["requeue", "45678"] in calls("scontrol")) is queued
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("code, queued", [(0, True), (1, False)])  # of srun: another node's run may fail when it is asked to stop
+def test_slurm_queues_a_run_again_whose_steps_alone_were_asked_to_stop(stubs, tmp_path, code, queued):
+    """Preemption with grace and `scancel --signal=TERM` do not reach the batch shell; the nodes' shells get the signal with their runs."""
+    environment, make, calls = stubs
+    (tmp_path / "run").mkdir()
+    make("scontrol", "echo node1")
+    make("srun", SRUN.replace("exec ", "setsid --wait ") + f" || exit\nexit {code}")
+    make("python", f"echo $PPID > {tmp_path / 'shell'}; trap 'sleep 0.1; exit 75' TERM; while :; do sleep 0.02; done")
+    job = subprocess.Popen(["bash", LAUNCH / "slurm.sbatch", "c.py", str(tmp_path / "run")], env=slurm(environment))
+    until = time.monotonic() + 10
+    while not (tmp_path / "shell").exists() or not (tmp_path / "shell").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    time.sleep(0.1)  # until the run listens
+    os.killpg(int((tmp_path / "shell").read_text()), signal.SIGTERM)
+    assert job.wait(timeout=10) == code
+    assert (["requeue", "45678"] in calls("scontrol")) is queued and not calls("scancel")
+    assert not list((tmp_path / "run").iterdir())
 
 
 def manifests(environment: dict, *arguments: str) -> list[dict]:
