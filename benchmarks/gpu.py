@@ -13,8 +13,8 @@ not fit, fails or hangs leaves a row with the reason, and a fresh process goes o
 which takes longer. Every result is written at once: events.jsonl as they come, gpu.json and gpu.md after each series, gpu.png at the end.
 The costliest kernels of a step are listed for the main case, or for those that --profile names, and their programs are compiled once more,
 from the cache; a profiler that fails costs no result. A benchmark that goes on keeps what did not fit: without --go-on all is tried again.
-The first series are expected to fit into one call; a second one takes the rest, in fifteen minutes all together:
---budget 570, then events.jsonl into the second call's folder and --go-on --budget 200.
+All is sized to end within a call of ten minutes, by what its parts took on an H200; how long each took is in gpu.json.
+What a call did not reach a second one does: events.jsonl into its folder, and --go-on.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> Path:
     parser.add_argument("--only", default="", help="cases in whose names this regular expression is found")
     parser.add_argument("--go-on", action="store_true", help="keep what is there and what did not fit, measure what is missing or failed")
     parser.add_argument("--isolate", action="store_true", help="a process for each case")
-    parser.add_argument("--threads", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)), help="programs compiled at a time")
+    parser.add_argument("--threads", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)), help="programs compiled at a time")
     parser.add_argument("--profile", nargs="*", help="cases of ours to list the costliest kernels of; the main case by default")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, at sizes that only show that it runs")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
@@ -183,12 +183,18 @@ def _read(path: Path, start: int) -> list[dict]:
 
 
 def _rows(events: list[dict]) -> dict[str, dict]:
-    """{name of a case: its result}, with what was found beside it."""
+    """{name of a case: its result}, with what was found beside it and the seconds that it took, compilation not counted."""
     rows: dict[str, dict] = {}
+    begun: dict[str, float] = {}
     for event in events:
-        if event["event"] in ("result", "more"):
-            fields = {key: value for key, value in event.items() if key != "event"}
-            rows[event["case"]] = fields if event["event"] == "result" else rows.get(event["case"], {}) | fields
+        name, at = event["case"], event.get("at")
+        fields = {key: value for key, value in event.items() if key not in ("event", "at")}
+        if event["event"] == "begin" and at:
+            begun[name] = at
+        elif event["event"] == "result":
+            rows[name] = fields | ({"seconds": at - begun[name]} if at and name in begun else {})
+        elif event["event"] == "more":
+            rows[name] = rows.get(name, {}) | fields
     return rows
 
 

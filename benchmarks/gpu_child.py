@@ -1,7 +1,7 @@
 """A process of the GPU benchmark: imports, waits for its cases on stdin, and writes each result as soon as it is there.
 
-Started by benchmarks/gpu.py. What it writes are lines of JSON, {"event": ..., "case": name, ...}: from them the parent knows which case a
-process died of.
+Started by benchmarks/gpu.py. What it writes are lines of JSON, {"event": ..., "case": name, "at": seconds since 1970, ...}: from them the
+parent knows which case a process died of, and how long each took.
 
     compile, compiled   a program
     begin, result       a case; the result has its numbers, or an "error"
@@ -37,7 +37,7 @@ class Lines:
 
     def write(self, event: str, case: Case, **fields: Any) -> None:
         """One line, at once."""
-        self.file.write(json.dumps({"event": event, "case": case.name, **fields}) + "\n")
+        self.file.write(json.dumps({"event": event, "case": case.name, "at": round(time.time(), 1), **fields}) + "\n")
 
 
 def main() -> None:

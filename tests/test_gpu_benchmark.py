@@ -43,7 +43,7 @@ def test_our_side_runs_and_the_loop_over_blocks_is_the_same_function(gpu, tmp_pa
     assert fused["compile_cached_s"] > 0 and 5 < len(fused["costliest"]) <= 16
     assert 0.3 < sum(one["share"] for one in fused["costliest"]) <= 1
     answers = measured(gpu, tmp_path, "ours", ["ours answer N=8 r=2 B=16 S=40"])
-    theirs = measured(gpu, tmp_path, "peers", ["peers answer N=8 r=2 B=1 S=40", "peers train N=8 r=2 B=2 S=44"])
+    theirs = measured(gpu, tmp_path, "peers", ["peers answer N=8 r=2 B=1 S=40", "peers train N=8 r=2 B=4 S=44"])
     known = {case.name: dataclasses.asdict(case) for series in importlib.import_module("gpu_cases").series(True) for case in series}
     found = importlib.import_module("gpu_report").ratios([row | {"fields": known[name]} for name, row in (rows | answers | theirs).items()])
     speed = {name: row["samples_per_s"] for name, row in (answers | theirs).items()}
@@ -118,7 +118,8 @@ def test_an_error_while_looking_into_a_case_leaves_its_result(gpu, tmp_path):
     more = {"costliest": lambda: 1 // 0, "compile_cached_s": lambda: 3.0}
     assert child.attempt(child.Lines(str(path)), case, lambda: {"ms": 2.0}, more) == {"ms": 2.0}
     wanted = {"case": case.name, "ms": 2.0, "costliest_error": "ZeroDivisionError: integer division or modulo by zero"}
-    assert gpu._rows(gpu._read(path, 0)) == {case.name: wanted | {"compile_cached_s": 3.0}}
+    row, = gpu._rows(gpu._read(path, 0)).values()
+    assert 0 <= row.pop("seconds") < 60 and row == wanted | {"compile_cached_s": 3.0}
 
 
 def test_going_on_measures_what_is_missing(gpu, tmp_path):
@@ -131,11 +132,11 @@ def test_going_on_measures_what_is_missing(gpu, tmp_path):
 
 
 @pytest.mark.parametrize("speeds, known, tried", [
-    ({4: 10.0, 8: 12.0, 12: 13.0, 16: 13.1, 24: 20.0}, {}, [4, 8, 12, 16]),  # no quicker: enough
-    ({4: 10.0, 8: 12.0, 12: 13.0, 16: None, 24: None}, {}, [4, 8, 12, 16]),  # does not fit
-    ({4: 10.0, 8: 12.0, 12: 14.0, 16: 15.0, 24: 16.0}, {}, [4, 8, 12, 16, 24]),  # where more fits, more is tried
-    ({12: 11.0, 16: 12.0, 24: 13.0}, {4: 9.0, 8: 9.9}, [12, 16, 24]),  # goes on with what an earlier call found
-    ({}, {4: 9.0, 8: None}, []),
+    ({8: 12.0, 16: 12.1, 24: 20.0}, {}, [8, 16]),  # no quicker: enough
+    ({8: 12.0, 16: None, 24: None}, {}, [8, 16]),  # does not fit
+    ({8: 12.0, 16: 14.0, 24: 16.0}, {}, [8, 16, 24]),  # where more fits, more is tried
+    ({16: 12.0, 24: 13.0}, {8: 9.9}, [16, 24]),  # goes on with what an earlier call found
+    ({}, {8: 9.0, 16: None}, []),
 ])  # fmt: skip
 def test_batches_of_peers_grow_while_that_helps(gpu, tmp_path, monkeypatch, speeds, known, tried):
     cases, child, peers = (importlib.import_module(name) for name in ("gpu_cases", "gpu_child", "gpu_peers"))
@@ -205,7 +206,7 @@ def test_every_case_has_its_own_name_at_both_sizes(gpu):
 
 
 def test_rows_of_the_goals_that_must_hold_come_first(gpu):
-    """The first five series have all that the goals ask for; on an H200 a call of ten minutes reached the fourth."""
+    """The first five series have all that the goals ask for; on an H200 the first four took 400 seconds, with more rows than now."""
     cases, report = importlib.import_module("gpu_cases"), importlib.import_module("gpu_report")
     row = {"ms": 1.0, "samples_per_s": 1.0, "mfu": 0.5, "planned_bytes": 1.0, "compile_s": 1.0, "compile_cached_s": 1.0}
     found = report.ratios([row | {"fields": dataclasses.asdict(case)} for series in cases.SERIES[:5] for case in series])
