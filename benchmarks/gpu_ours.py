@@ -55,7 +55,7 @@ def settings_of(case: Case, sizes: Sizes) -> Settings:
     if case.pool == "loop":
         fields = {field.name: getattr(settings.method, field.name) for field in dataclasses.fields(settings.method)}
         settings = dataclasses.replace(settings, method=ours.LoopedProgLoRA(**fields))
-    return choose_attention(choose_unroll(settings, jax.default_backend(), 1), jax.default_backend())[0]
+    return choose_attention(choose_unroll(settings, jax.default_backend(), {}), jax.default_backend())[0]
 
 
 def _compiled(case: Case, sizes: Sizes, lines: Lines | None = None) -> tuple[Ours, Any, float]:

@@ -42,7 +42,7 @@ def settings_of(platform: str, dtype: str, method: str = "proglora_dynamic", **m
     config = {"method": {"name": method, "rank": 4, "alpha": 8.0, "a_init": "normal001"}, "data": {"root": "unused"},
               "model": {"dtype": dtype, "param_dtype": dtype, "attention": "auto", "remat": "qkvo_mlp", **model},
               "train": {"loss_norm": "global_token_mean", "learning_rate": 1e-2, "projector_learning_rate": 1e-3}}
-    return choose_attention(choose_unroll(from_config(config), platform, 1), platform)[0]
+    return choose_attention(choose_unroll(from_config(config), platform, {}), platform)[0]
 
 
 def drawn(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:

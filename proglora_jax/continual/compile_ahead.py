@@ -85,7 +85,7 @@ def compile_ahead(config: Mapping[str, Mapping[str, Any]], order: Order) -> dict
     settings = from_config(values)
     mesh = described_mesh(settings, order.topology)
     first = mesh.devices.flat[0]
-    settings, reason = choose_attention(choose_unroll(settings, first.platform, mesh.size), first.platform, first)
+    settings, reason = choose_attention(choose_unroll(settings, first.platform, mesh.shape), first.platform, first)
     chip, on_gpus = roofline.chip_of(first.device_kind), gpus.names_gpus(order.topology)
     usable = _usable(chip, on_gpus)
     sizes, source = model_sizes(settings.model)

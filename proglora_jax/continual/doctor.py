@@ -100,14 +100,14 @@ def diagnose(config: Mapping[str, Mapping[str, Any]], machine: Machine | None = 
         notes.append(f"config.data.instruction_set={settings.data.instruction_set}: how many records its files have is not known here; "
                      "rows, steps, questions and hours are those of the whole set, at most")
     count, platform = machine.devices or jax.device_count(), jax.default_backend()
-    settings, _ = choose_attention(choose_unroll(settings, platform, count), platform, planned=True)
-    sizes, source = model_sizes(settings.model)
-    found, problem = weights_found(settings.model)
-    notes += [note for note in (problem, _encoders_problem(settings)) if note]
     try:
         mesh = meshes.abstract_mesh(dataclasses.asdict(settings.mesh), count)
     except ValueError as error:
         raise UserError(str(error)) from error
+    settings, _ = choose_attention(choose_unroll(settings, platform, mesh.shape), platform, planned=True)
+    sizes, source = model_sizes(settings.model)
+    found, problem = weights_found(settings.model)
+    notes += [note for note in (problem, _encoders_problem(settings)) if note]
     llava = shapes.abstract_backbone(sizes, settings.model)
     stages = planned_stages(settings, llava, mesh)
     last = stages[-1].shapes

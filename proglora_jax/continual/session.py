@@ -186,7 +186,7 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
     except ValueError as error:
         raise UserError(str(error)) from error
     platform = mesh.devices.flat[0].platform
-    settings, why = choose_attention(choose_unroll(settings, platform, mesh.size), platform)
+    settings, why = choose_attention(choose_unroll(settings, platform, mesh.shape), platform)
     rows, ways = settings.evaluate.batch_size, meshes.batch_ways(mesh)
     if rows % ways:
         raise UserError(f"config.evaluate.batch_size={rows}: must be a multiple of the {ways} devices that share a batch")

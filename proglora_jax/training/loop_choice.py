@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jax.sharding import Mesh
@@ -14,22 +15,22 @@ ALL = 1 << 10
 _GPU = ("gpu", "cuda")
 
 
-def choose_unroll(settings: Settings, platform: str, devices: int) -> Settings:
+def choose_unroll(settings: Settings, platform: str, axes: Mapping[str, int]) -> Settings:
     """Settings with `model.unroll` decided where the config leaves it (0).
 
     A loop stacks what its forward pass keeps for the backward one, and copies each layer's weights out of their stack. On an H200 that was
     5 % of a step of LLaVA-7B (benchmarks/results/gpu.md); without a loop neither happens, and the step compiles for 36 s instead of 14.
-    Several GPUs keep the loop: without one XLA's scheduler, which hides the sums of gradients, fills a GPU up to its limit (13B with 8 rows
-    on each of eight H100, compiled: 63 GiB instead of 54), and nothing of it is measured.
+    GPUs that hold whole weights do the same each, and sum gradients at the end. Where weights or matmuls are split, layers stay in a loop:
+    what they gather is to be freed again, and nothing of it is measured.
 
     Args:
         settings: the config; what it states stays.
         platform: of the devices, as JAX calls it.
-        devices: of the mesh.
+        axes: {axis: size} of the mesh.
     """
     if settings.model.unroll:
         return settings
-    unroll = ALL if platform in _GPU and devices == 1 else 1
+    unroll = ALL if platform in _GPU and _whole_weights(axes) else 1
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, unroll=unroll))
 
 
@@ -40,6 +41,10 @@ def compiler_options(unroll: int, layers: int, mesh: Mesh) -> dict[str, Any] | N
     fusion of slices with matmuls lets these read a layer's weights in their stack. In a loop it must be off: a matmul whose output goes
     into a stack and is used as well is then done twice (jaxlib 0.11.2).
 
+    Without a loop, several GPUs with whole weights have one thing to tell each other, the sums of small gradients at the end. There the
+    scheduler that hides transfers is off: it would hide next to nothing and let temporaries grow up to the limit (13B, 8 rows on each of
+    eight H100, compiled: 36 GiB of them instead of 27 in a loop).
+
     Args:
         unroll: layers in one turn of the loop, as `choose_unroll` leaves it.
         layers: of the language model.
@@ -47,4 +52,11 @@ def compiler_options(unroll: int, layers: int, mesh: Mesh) -> dict[str, Any] | N
     """
     if mesh.devices.flat[0].platform not in _GPU:
         return None
-    return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": unroll >= layers}
+    options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": unroll >= layers}
+    if unroll >= layers and mesh.size > 1 and _whole_weights(mesh.shape):
+        options["xla_gpu_enable_latency_hiding_scheduler"] = False
+    return options
+
+
+def _whole_weights(axes: Mapping[str, int]) -> bool:
+    return all(size == 1 for axis, size in axes.items() if axis != "data")
