@@ -137,13 +137,16 @@ def test_no_matmul_is_done_twice(sides):
     """A layer more is so many matmuls more, and a loop's body has one layer's: a compiler that copies them into fusions does them again."""
     ours, _ = sides
 
-    def count(layers: int, **model) -> int:
+    def count(layers: int, micro_batches: int = 1, **model) -> int:
         config = dataclasses.replace(CONFIG, text_config=dataclasses.replace(TEXT, num_hidden_layers=layers))
-        program = ours.Ours(settings_of("gpu", "bfloat16", **model), config, 3).compile_step(ROWS, (POSITIONS, LABELS))
+        settings = settings_of("gpu", "bfloat16", **model)
+        settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, micro_batches=micro_batches))
+        program = ours.Ours(settings, config, 3).compile_step(ROWS, (POSITIONS, LABELS))
         return program.as_text().count('custom_call_target="__cublas')
 
     three, four, looped = count(3), count(4), count(3, unroll=1)
     assert four - three == three - looped == LAYER_MATMULS - JOINED  # two layers run before the last one, which is cut
+    assert count(4, micro_batches=2) - count(3, micro_batches=2) == LAYER_MATMULS - JOINED  # the loop over them is no loop over layers
 
 
 # Of seven linears: forward x W, h B; backward dy W', dy B', and dB = h' dy; and for the four groups that read the same x: x A, du A', and

@@ -76,6 +76,38 @@ def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax
     return y if bias is None else y + bias.astype(x.dtype)
 
 
+@jax.custom_vjp
+def trained_dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """`dense` for a linear that trains: the gradients of its parameters leave their sums in float32, over positions and over devices.
+
+    Those of `dense` would leave them in x's dtype, rounded on each device before they are added up.
+
+    Args:
+        x: [..., d_in].
+        kernel: f32[d_in, d_out].
+        bias: f32[d_out] or None.
+
+    Returns:
+        [..., d_out] in x's dtype.
+    """
+    return dense(x, kernel, bias)
+
+
+def _trained_dense_forward(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, tuple]:
+    return dense(x, kernel, bias), (x, kernel, bias)
+
+
+def _trained_dense_backward(kept: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    x, kernel, bias = kept
+    sums = tuple(range(g.ndim - 1))
+    d_kernel = jax.lax.dot_general(g, x, ((sums, sums), ((), ())), preferred_element_type=jnp.float32).T
+    d_bias = None if bias is None else g.astype(jnp.float32).sum(sums).astype(bias.dtype)
+    return jnp.dot(g, kernel.astype(g.dtype).T), d_kernel.astype(kernel.dtype), d_bias
+
+
+trained_dense.defvjp(_trained_dense_forward, _trained_dense_backward)
+
+
 class Linear(nnx.Module):
     """A linear layer with a kernel [d_in, d_out] and, where asked for, a bias [d_out]."""
 

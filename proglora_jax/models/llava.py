@@ -28,7 +28,7 @@ from flax import nnx
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import Adapter, Targets
 from proglora_jax.models.clip import ClipVision
-from proglora_jax.models.layers import Linear, Make, Settings, activation, dense, fill, path_of
+from proglora_jax.models.layers import Linear, Make, Settings, activation, dense, fill, path_of, trained_dense
 from proglora_jax.models.llama import TARGETS, Cache, Llama, Output
 from proglora_jax.models.presets import LlavaConfig
 
@@ -108,16 +108,17 @@ class Llava(nnx.Module):
 
         Args:
             features: [B, P, Dv].
-            projector: {"linear_1": {"kernel", "bias"}, "linear_2": {...}} in place of the stored projector; None takes that one.
+            projector: {"linear_1": {"kernel", "bias"}, "linear_2": {...}}, float32, in place of the stored projector, and gradients are
+                summed as such; None takes the stored one.
             adapter: low-rank adapter of the two linears, named as above; its leaves have no leading axis.
 
         Returns:
             [B, P, D] in the compute dtype.
         """
-        parts = self.projector_params() if projector is None else projector
+        parts, of = (self.projector_params(), dense) if projector is None else (projector, trained_dense)
 
         def linear(name: str, x: jax.Array) -> jax.Array:
-            y = dense(x, parts[name]["kernel"], parts[name].get("bias"))
+            y = of(x, parts[name]["kernel"], parts[name].get("bias"))
             if adapter is None or name not in adapter.leaves:
                 return y
             delta = adapter.delta((name,), {name: adapter.leaves[name]}, adapter.layer, adapter.gates, x)[0]

@@ -13,6 +13,7 @@ import tiny_hf
 import torch
 
 from proglora_jax.checkpoints.hf_import import load_llava
+from proglora_jax.models import layers
 from proglora_jax.models.llava import Llava, random_llava
 from proglora_jax.models.presets import ClipConfig, LlamaConfig, LlavaConfig
 
@@ -91,6 +92,24 @@ def test_projector_may_be_given(rng):
     np.testing.assert_array_equal(llava.project(features, own), llava.project(features))
     moved = jax.tree.map(lambda leaf: leaf + 0.1, own)
     assert np.abs(llava.project(features, moved) - llava.project(features)).max() > 0.01
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gradients_of_a_given_projector_are_not_rounded_to_the_compute_dtype(rng, with_bias):
+    """A loop's sums in float64 over what the linear sees: in bfloat16 they would be right to three digits."""
+    x, g = (jnp.asarray(rng.standard_normal((2, 5, width)), jnp.bfloat16) for width in (6, 8))
+    kernel, bias = jnp.asarray(rng.standard_normal((6, 8)), jnp.float32), jnp.zeros(8) if with_bias else None
+    y, back = jax.vjp(layers.trained_dense, x, kernel, bias)
+    d_x, d_kernel, d_bias = back(g)
+    wide = lambda array: np.asarray(array, np.float64)
+    np.testing.assert_array_equal(y, layers.dense(x, kernel, bias))
+    np.testing.assert_allclose(d_kernel, np.einsum("bpi,bpo->io", wide(x), wide(g)), rtol=1e-5, atol=1e-6)
+    assert d_kernel.dtype == jnp.float32 and d_x.dtype == jnp.bfloat16
+    np.testing.assert_allclose(wide(d_x), wide(g) @ wide(kernel.astype(jnp.bfloat16)).T, rtol=1e-2, atol=1e-2)
+    if with_bias:
+        np.testing.assert_allclose(d_bias, wide(g).sum((0, 1)), rtol=1e-5, atol=1e-6)
+    else:
+        assert d_bias is None
 
 
 def test_tree_round_trip():
