@@ -1,7 +1,7 @@
 """The mesh and every sharding: the only file that makes one.
 
-From these shardings the compiler splits a run's programs (GSPMD). `jax.shard_map` stands only where it cannot: around splash attention, whose
-kernel it does not know how to split (models/splash.py). Elsewhere it would win nothing or too little:
+From these shardings the compiler splits a run's programs (GSPMD). `jax.shard_map` stands only where it cannot: around splash attention,
+whose kernel it does not know how to split (models/splash.py). Elsewhere it would win nothing or too little:
 
 - Gradients of the adapters are summed over the devices once in each micro-batch, by hand that would be once a step: 1.7 GB less of a chip's
   7-part step on eight H100, which takes 12 of 3984 ms if nothing hides it (benchmarks/results/scaling.md); on more chips there are fewer
