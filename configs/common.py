@@ -76,8 +76,8 @@ SECTIONS = {
         "grad_clip": 0.0, "loss_norm": "micro_batch_mean", "loss_group_size": 8, "loss_groups": 0,
     },
     "evaluate": {
-        "batch_size": 32, "max_new_tokens": 0, "prompt_lengths": (704, 1024, 2048), "image_mode": "coin", "also_image_mode": "",
-        "share_prefix": "auto", "subset_size": 0, "subset_except": (), "subset_seed": 0,
+        "batch_size": 32, "max_new_tokens": 0, "first_new_tokens": 128, "prompt_lengths": (704, 1024, 2048), "image_mode": "coin",
+        "also_image_mode": "", "share_prefix": "auto", "subset_size": 0, "subset_except": (), "subset_seed": 0,
         "imagenet_empty_ok": True, "grounding_truncate": True,
         "scienceqa_rule": "coin", "grounding_rule": "coin",
     },

@@ -1,8 +1,9 @@
 """Asks a stage's model the questions of a task, keeps every raw answer, and scores them; goes on where a killed run stopped.
 
     answers/<Task>.partial.jsonl   a header, then one line per answered question, each with a checksum; appended batch by batch;
-                                   "blank" says that the question's image could not be read, "cut" that it is cut off
-    answers/<Task>.jsonl           the same, complete, in the order of the questions
+                                   "blank" says that the question's image could not be read, "cut" that it is cut off; "again" with how
+                                   many tokens an answer was asked for that is longer than config.evaluate.first_new_tokens
+    answers/<Task>.jsonl           the same without "again", complete, in the order of the questions
     scores/<Task>.json             accuracy in both modes, mean gates, how many images stood blank or were cut off, and what was asked and
                                    how it was scored: the hashes of questions, references and answers, the rules of scoring
 
@@ -25,6 +26,7 @@ import numpy as np
 
 from proglora_jax.checkpoints.integrity import atomic_write_json, read_json, sha256_of_file
 from proglora_jax.continual.blank_images import KINDS, odd_questions
+from proglora_jax.continual.row_split import late_rows
 from proglora_jax.continual.session import Session, unasked
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import CLState
@@ -32,7 +34,7 @@ from proglora_jax.data.batch import Batch
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.image_groups import WORTH, GroupedBatches, group_by_image
 from proglora_jax.data.images import ImageLoader
-from proglora_jax.data.pipeline import eval_batches
+from proglora_jax.data.pipeline import EvalBatches, eval_batches
 from proglora_jax.data.schema import Question
 from proglora_jax.data.tasks import TASKS
 from proglora_jax.evaluation.evaluator import references, score_answers
@@ -145,14 +147,17 @@ def _file_name(name: str, images: str) -> str:
 def _answers(
     session: Session, state: CLState, header: dict[str, Any], task_id: int, questions: list[Question], path: Path
 ) -> dict[int, dict[str, Any]]:
-    """The lines of all questions by index, generated from where the partial file ends."""
-    evaluate, name = session.settings.evaluate, header["task"]
-    loader = session.eval_loader(header["image_mode"])
-    part, parts = session.share
-    batches = eval_batches(
-        questions, session.encoder, loader, batch_size=evaluate.batch_size, task_id=task_id,
-        lengths=evaluate.prompt_lengths, process_index=part, process_count=parts,
-    )
+    """The lines of all questions by index, generated from where the partial file ends.
+
+    All questions are asked with room for a short answer; those that are still answering then, again with the cap and fewer at once.
+    """
+    evaluate, cap = session.settings.evaluate, header["max_new_tokens"]
+    first = min(cap, evaluate.first_new_tokens or cap)
+    loader, (part, parts) = session.eval_loader(header["image_mode"]), session.share
+    batches_of = lambda asked, rows: eval_batches(
+        asked, session.encoder, loader, batch_size=rows, task_id=task_id, lengths=evaluate.prompt_lengths, process_index=part,
+        process_count=parts)
+    batches = batches_of(questions, evaluate.batch_size)
     if evaluate.share_prefix != "off" and session.method.fixed_at_test:
         batches = group_by_image(batches, meshes.batch_ways(session.mesh), WORTH if evaluate.share_prefix == "auto" else 0.0)
     header = header | {"shared_prefix": isinstance(batches, GroupedBatches)}
@@ -160,44 +165,89 @@ def _answers(
     whole, entries = _kept(path, partial, header, len(questions), chief=session.chief)
     if whole:
         return entries
-    first = 0
-    while first < len(batches) and all(index in entries for index in batches.members(first)):
-        first += 1
-    entries = {index: entries[index] for n in range(first) for index in batches.members(n)}
-    file = _reopen(partial, header, entries) if session.chief else None
-    with Progress(f"evaluate {name}", len(questions), chief=session.chief) as progress:
+    done = _done(batches, range(len(questions)), entries)
+    entries = {index: entries[index] for n in range(done) for index in batches.members(n)}
+    with Progress(f"evaluate {header['task']}", len(questions), chief=session.chief) as progress:
         progress.update(len(entries))
-        prepared, told = batches.batches(first, session.settings.data.threads), Round(session.stop)
+        file = _reopen(partial, header, entries) if session.chief else None
+        work = _Work(session, state, header["task"], questions, loader, entries, file, progress)
+        work.ask(batches, range(len(questions)), done, first, cap)
+        if again := [index for index in sorted(entries) if entries[index].get("again")]:
+            longer = batches_of([questions[index] for index in again], late_rows(evaluate.batch_size, meshes.batch_ways(session.mesh)))
+            done = _done(longer, again, {index: row for index, row in entries.items() if row["again"] == cap})
+            work.ask(longer, again, done, cap, cap)
+    if file is not None:
+        file.close()
+        whole = {index: {key: value for key, value in entries[index].items() if key != "again"} for index in sorted(entries)}
+        _reopen(partial, header, whole).close()
+        os.replace(partial, path)
+    return entries
+
+
+def _done(batches: EvalBatches, numbers: Sequence[int], entries: Mapping[int, Any]) -> int:
+    """How many batches, from the first on, have all their answers; `numbers` are the questions' own."""
+    count = 0
+    while count < len(batches) and all(numbers[index] in entries for index in batches.members(count)):
+        count += 1
+    return count
+
+
+@dataclasses.dataclass
+class _Work:
+    """Batches of questions of a task on their way through the device into `entries` and the partial file (process 0's)."""
+
+    session: Session
+    state: CLState
+    name: str
+    questions: list[Question]
+    loader: ImageLoader
+    entries: dict[int, dict[str, Any]]
+    file: Any
+    progress: Progress
+
+    def ask(self, batches: EvalBatches, numbers: Sequence[int], start: int, tokens: int, cap: int) -> None:
+        """Asks batches from `start` on, for answers of up to so many tokens.
+
+        Raises:
+            Stopped: after a stop signal; the answers so far are kept.
+            UserError: for images that cannot be read; likewise.
+        """
+        prepared, told = batches.batches(start, self.session.settings.data.threads), Round(self.session.stop)
         waiting: collections.deque = collections.deque()
 
         def settle(most: int) -> None:
             """Writes answers until at most so many batches are being computed."""
             while len(waiting) > most:
-                rows = _rows(session, questions, *waiting.popleft(), told)
-                entries.update({row["index"]: row for row in rows})
-                if file is not None:
-                    file.write("".join(_line(row) for row in rows))
-                    file.flush()
-                    os.fsync(file.fileno())
-                progress.update(len(rows))
+                self._write(_rows(self.session, self.questions, numbers, *waiting.popleft(), told), tokens, cap)
 
-        for number in range(first, len(batches)):
+        for number in range(start, len(batches)):
             try:
                 batch = told.next(prepared, lambda number=number: batches.blank(number))
             except UserError:
                 settle(0)
                 raise
-            generate = session.generator(header["max_new_tokens"], by_image="slot" in batch)
-            waiting.append(_begin(session, questions, loader, generate, state, batch, batches.members(number)))
+            generate = self.session.generator(tokens, by_image="slot" in batch)
+            members = [numbers[index] for index in batches.members(number)]
+            waiting.append(_begin(self.session, self.questions, self.loader, generate, self.state, batch, members))
             settle(IN_FLIGHT if number + 1 < len(batches) else 0)
             if told.stopping:  # several processes hear of it from the results that have just been read
                 settle(0)
-                raise Stopped(f"stopped while evaluating {name} after {len(entries)} of {len(questions)} questions; the answers are kept")
-    if file is not None:
-        file.close()
-        _reopen(partial, header, {index: entries[index] for index in sorted(entries)}).close()
-        os.replace(partial, path)
-    return entries
+                raise Stopped(f"stopped while evaluating {self.name} after {len(self.entries)} of {len(self.questions)} questions; the "
+                              "answers are kept")
+
+    def _write(self, rows: list[dict[str, Any]], tokens: int, cap: int) -> None:
+        """Takes answers of up to `tokens`; with a higher cap those that were cut off are marked, and so are those that were asked again."""
+        for row in rows:
+            known = self.entries.get(row["index"])
+            if known is None:
+                self.progress.update(1)
+            if known is not None or (row["hit_cap"] and tokens < cap):
+                row["again"] = tokens
+            self.entries[row["index"]] = row
+        if self.file is not None:
+            self.file.write("".join(_line(row) for row in rows))
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
 
 def _kept(path: Path, partial: Path, header: dict, count: int, *, chief: bool) -> tuple[bool, dict[int, dict[str, Any]]]:
@@ -223,15 +273,16 @@ def _begin(
 
 
 def _rows(
-    session: Session, questions: list[Question], results: Mapping[str, jax.Array], odd: Mapping[str, set[int]], told: Round
+    session: Session, questions: list[Question], numbers: Sequence[int], results: Mapping[str, jax.Array], odd: Mapping[str, set[int]],
+    told: Round,
 ) -> list[dict[str, Any]]:
-    """The answers' lines, from what `_begin` returned, when the device has it."""
+    """The answers' lines, from what `_begin` returned, when the device has it; a batch's example n is question `numbers[n]`."""
     out = {name: np.asarray(value) for name, value in results.items()}
     if told.hear(out):  # the rows of a batch that one process could not read are left out together
         raise told.failure()
     rows = []
     for row in np.flatnonzero(out["valid"]):
-        index, count = int(out["example"][row]), int(out["count"][row])
+        index, count = numbers[int(out["example"][row])], int(out["count"][row])
         text = session.encoder.tokenizer.decode(out["tokens"][row, :count].tolist()).strip()
         rows.append({
             "index": index, "question_id": questions[index].id, "prompt": questions[index].text, "text": text,

@@ -202,13 +202,13 @@ def _compile(plan: MemoryPlan, program: str, positions: int, order: Order, usabl
         shown["remat"] = settings.model.remat
         traced = programs.trace_train_step(settings, llava, phase.shapes, rows, (positions, labels), mesh)
     elif program == "answer_shared":
-        rows, new_tokens, ways = settings.evaluate.batch_size, plan.longest_answer(), meshes.batch_ways(mesh)
+        rows, new_tokens, ways = settings.evaluate.batch_size, plan.first_answer(), meshes.batch_ways(mesh)
         behind = min(BEHIND, positions // 2)
         load = programs.Shared(rows, -(-rows // (PER_IMAGE * ways)) * ways, positions - behind, behind)
         shown = {"rows": rows, "images": load.images, "positions": positions, "new_tokens": new_tokens}
         traced = programs.trace_prefix_generator(settings, llava, plan.stage, load, new_tokens, mesh)
     else:
-        rows, new_tokens = settings.evaluate.batch_size, plan.longest_answer()
+        rows, new_tokens = settings.evaluate.batch_size, plan.first_answer()
         shown = {"rows": rows, "positions": positions, "new_tokens": new_tokens}
         traced = programs.trace_generator(settings, llava, plan.stage, rows, positions, new_tokens, mesh)
     work = flops.matmul_work(traced.jaxpr)

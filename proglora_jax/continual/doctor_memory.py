@@ -88,11 +88,17 @@ class MemoryPlan:
         return with_policy(self.settings, policy_for(self.settings, self.llava, phases, bucket, self.mesh, self.limit))
 
     def answering(self) -> list[Part]:
-        """What the longest prompts and answers hold."""
-        evaluate = self.settings.evaluate
-        rows = -(-evaluate.batch_size // batch_ways(self.mesh))
-        load = Load(rows, max(evaluate.prompt_lengths), 0)
-        return memory.answering_memory(self.settings, self.llava, self.stage, load, self.longest_answer(), self.mesh, self._shared(load))
+        """What the longest prompts hold with room for a short answer, or fewer of them with room for the longest: whichever is more."""
+        evaluate, ways = self.settings.evaluate, batch_ways(self.mesh)
+        asked = [(evaluate.batch_size, self.first_answer())]
+        if self.first_answer() < self.longest_answer():
+            asked.append((row_split.late_rows(evaluate.batch_size, ways), self.longest_answer()))
+        held = []
+        for rows, new_tokens in asked:
+            load = Load(-(-rows // ways), max(evaluate.prompt_lengths), 0)
+            shared = 0 if held else self._shared(load)  # what is asked again is read whole
+            held.append(memory.answering_memory(self.settings, self.llava, self.stage, load, new_tokens, self.mesh, shared))
+        return max(held, key=memory.total)
 
     def _shared(self, load: Load) -> int:
         """Most positions of beginnings that the prompts on a device may share; how many it will be depends on the data."""
@@ -108,6 +114,14 @@ class MemoryPlan:
         """The plan with every prompt read whole."""
         evaluate = dataclasses.replace(self.settings.evaluate, share_prefix="off")
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, evaluate=evaluate))
+
+    def first_answer(self) -> int:
+        """Room for an answer when a question is first asked."""
+        return min(self.longest_answer(), self.settings.evaluate.first_new_tokens or self.longest_answer())
+
+    def _room(self) -> str:
+        first, longest = self.first_answer(), self.longest_answer()
+        return f"answers of up to {longest} tokens" + (f", asked with room for {first} at first" if first < longest else "")
 
     def longest_answer(self) -> int:
         """The largest cap on new tokens among the tasks."""
@@ -132,7 +146,7 @@ class MemoryPlan:
                 blocks.append(self._capacities())
         evaluate = self.settings.evaluate
         blocks.append(f"Memory of a device while answering, GB, {evaluate.batch_size} questions over {batch_ways(self.mesh)} device(s), "
-                      f"answers of up to {self.longest_answer()} tokens (estimated)")
+                      f"{self._room()} (estimated)")
         blocks.append(_columns((f"{max(evaluate.prompt_lengths)} positions",), [self.answering()]))
         if self.limit:
             blocks.append(f"a device has {self.limit / 1e9:.1f} GB, of which {self.usable / 1e9:.1f} can be planned with")
@@ -235,8 +249,8 @@ class MemoryPlan:
             smaller = dataclasses.replace(self, settings=dataclasses.replace(self.settings, evaluate=evaluate))
             if memory.total(smaller.answering()) <= self.usable:
                 return f"{needed}: it would fit with --config.evaluate.batch_size={rows}"
-        return (f"{needed}, even one question a device does not fit: lower config.evaluate.max_new_tokens or "
-                "config.evaluate.prompt_lengths, or split the backbone with config.mesh.fsdp")
+        return (f"{needed}, even one question a device does not fit: lower config.evaluate.max_new_tokens, "
+                "config.evaluate.first_new_tokens or config.evaluate.prompt_lengths, or split the backbone with config.mesh.fsdp")
 
 
 def _unlike(settings: Settings, phases: Iterable[PlannedPhase]) -> tuple[PlannedPhase, ...]:

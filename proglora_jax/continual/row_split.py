@@ -14,6 +14,9 @@ from proglora_jax.data.errors import UserError
 from proglora_jax.methods.base import Phase, TaskInfo
 from proglora_jax.training.settings import Settings, TrainSettings
 
+LATE = 4
+"""What part of a batch is asked again at once with the whole cap: the cache then takes no more than the batch's with room for little."""
+
 
 def check_rows(settings: Settings, tasks: tuple[str, ...], mesh: Any) -> None:
     """Refuses a run of which some stage, however late, could not be trained on this mesh.
@@ -106,3 +109,13 @@ def _divisors(rows: Mapping[str, int]) -> str:
 
 def _listed(sizes: Any) -> str:
     return ", ".join(map(str, sorted(set(sizes))))
+
+
+def late_rows(rows: int, ways: int) -> int:
+    """Questions at once of those that are asked again with the whole cap on answers.
+
+    Args:
+        rows: of a batch of questions that are asked for the first time.
+        ways: devices that share a batch.
+    """
+    return max(ways, rows // LATE // ways * ways)

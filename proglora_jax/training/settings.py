@@ -155,6 +155,9 @@ class EvalSettings:
     Attributes:
         batch_size: questions at once.
         max_new_tokens: cap on an answer; 0 takes each task's own from the table.
+        first_new_tokens: room for an answer when a question is first asked. Longer answers are asked for again, a quarter of a batch at
+            once, with the whole cap: keys and values of 1,024 tokens that nearly no answer has would take more memory than the prompts'.
+            0 asks with the cap at once. The answers are the same.
         prompt_lengths: prompt positions that batches are padded to, image included, in growing order.
         image_mode: "coin" (centre crop where CoIN's scripts crop) or "pad" (as in training).
         also_image_mode: the other one, to ask every task whose images it prepares otherwise once more and to report both; "" for none,
@@ -175,6 +178,7 @@ class EvalSettings:
 
     batch_size: int = 32
     max_new_tokens: int = 0
+    first_new_tokens: int = 128
     prompt_lengths: tuple = (704, 1024, 2048)
     image_mode: str = "coin"
     also_image_mode: str = ""

@@ -77,7 +77,7 @@ def check_settings(settings: Any) -> None:
          f"the adapter of {settings.method.name} depends on the prompt, so prompts cannot share their beginnings; set it to auto or off"),
         (_are_tasks(evaluate.subset_except), "evaluate.subset_except", evaluate.subset_except, f"must be tasks of {', '.join(TASKS)}"),
         *(_at_least(f"evaluate.{name}", getattr(evaluate, name), least) for name, least in {
-            "batch_size": 1, "max_new_tokens": 0, "subset_size": 0, "subset_seed": 0}.items()),
+            "batch_size": 1, "max_new_tokens": 0, "first_new_tokens": 0, "subset_size": 0, "subset_seed": 0}.items()),
         _one_of("evaluate.scienceqa_rule", evaluate.scienceqa_rule, SCIENCEQA_RULES),
         _one_of("evaluate.grounding_rule", evaluate.grounding_rule, GROUNDING_RULES),
         _one_of("similarity.encoders", settings.similarity.encoders, ("backbone", "vit_bert")),

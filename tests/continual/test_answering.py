@@ -124,7 +124,7 @@ def ask(tmp_path, monkeypatch):
         monkeypatch.setattr(answering, "eval_batches", lambda *_, **__: Five(range(5)))
         monkeypatch.setattr(answering.meshes, "put_batch", lambda batch, mesh: batch)
         session = SimpleNamespace(
-            settings=SimpleNamespace(evaluate=SimpleNamespace(batch_size=2, prompt_lengths=(), share_prefix="off"),
+            settings=SimpleNamespace(evaluate=SimpleNamespace(batch_size=2, prompt_lengths=(), share_prefix="off", first_new_tokens=0),
                                      data=SimpleNamespace(threads=0)),
             eval_loader=lambda mode: SimpleNamespace(bad=set(), cut=set(), on_bad="raise"),
             chief=True, mesh=None, llava=None, stop=stop, share=(0, 1),

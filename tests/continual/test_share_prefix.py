@@ -99,6 +99,31 @@ def test_the_same_answers_by_a_shared_pass_also_where_it_broke_off_in_a_task(her
     assert len(asked) == first, "answers do not depend on how the prompts were read"
 
 
+def test_longer_answers_are_asked_for_again_and_are_the_same_also_where_that_broke_off(here, plain, monkeypatch):  # noqa: F811
+    """Room for one token at first: only answers that end at once are whole. Fewer questions are asked again at once, with the cap."""
+    workdir, asked, original = forget(plain, here.folder / "longer"), [], answering._begin
+
+    def counted(session, questions, loader, generate, state, batch, members):
+        asked.append(len(batch["tokens"]))
+        if len(asked) == COUNT // 8 + 3:
+            raise KeyboardInterrupt
+        return original(session, questions, loader, generate, state, batch, members)
+
+    monkeypatch.setattr(answering, "_begin", counted)
+    options = OPTIONS | {"evaluate__share_prefix": "off", "evaluate__first_new_tokens": 1}
+    with pytest.raises(KeyboardInterrupt):
+        here.run("longer", "lora", **options)
+    assert asked == [8] * (COUNT // 8) + [2] * 3
+    here.run("longer", "lora", **options)
+    assert set(asked) == {8, 2}
+    # a word and the end are two tokens: what is asked again are the answers that have a word
+    again = [sum(row["text"] != "" for row in rows) for _, rows in answers(plain).values()]
+    assert sum(again) > COUNT and asked.count(2) == sum(-(-count // 2) for count in again) + 2, "one was not read, one was not begun"
+    assert [rows for _, rows in answers(workdir).values()] == [rows for _, rows in answers(plain).values()]
+    here.run("longer", "lora", **options | {"evaluate__first_new_tokens": 0})
+    assert tiny_run.outcome(workdir)["scoring"] == tiny_run.outcome(plain)["scoring"]
+
+
 def test_answers_that_depend_on_the_prompt_never_share_it(here, plain, monkeypatch):  # noqa: F811
     seen, original = [], answering._begin
     monkeypatch.setattr(answering, "_begin", lambda *parts: seen.append("slot" in parts[5]) or original(*parts))
@@ -126,7 +151,7 @@ def test_a_kill_in_the_middle_of_a_task_changes_nothing(tmp_path, here, plain): 
 def test_two_processes_share_as_one_does(tmp_path, here, plain):  # noqa: F811
     place = OfHere(here)
     workdir = forget(plain, tmp_path / "two")
-    team = Team(place, workdir, 2, **FIELDS, model__remat="none", evaluate__share_prefix="on", train__batch_size=4, train__max_steps=8,
-                run__checkpoint_every_steps=2)  # fmt: skip
+    team = Team(place, workdir, 2, **FIELDS, model__remat="none", evaluate__share_prefix="on", evaluate__first_new_tokens=1,
+                train__batch_size=4, train__max_steps=8, run__checkpoint_every_steps=2)  # fmt: skip
     assert team.wait(200) == [0, 0], team.text()
     same(workdir, plain)
