@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from proglora_jax.data.images import ImageLoader, ImageSpec, open_rgb, prepare_pixels
+from proglora_jax.data.image_files import open_rgb, prepare_pixels
+from proglora_jax.data.images import ImageLoader, ImageSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -15,7 +15,8 @@ from check_fixtures import check, edit, image_path, json_path, only, pristine, r
 from PIL import Image, ImageFile
 
 from proglora_jax.data.errors import UserError
-from proglora_jax.data.images import ImageLoader, ImageSpec, inspect_image, load_image, open_rgb, prepare_pixels
+from proglora_jax.data.image_files import inspect_image, open_rgb, prepare_pixels
+from proglora_jax.data.images import ImageLoader, ImageSpec, load_image
 
 
 def cut_off(path, share=0.5):

@@ -11,7 +11,8 @@ from data_fixtures import save_pattern, write_json
 from PIL import Image
 
 from proglora_jax.data.errors import UserError
-from proglora_jax.data.images import CLIP_MEAN, CLIP_STD, ImageLoader, ImageSpec, load_image, missing_images, prepare_pixels
+from proglora_jax.data.image_files import prepare_pixels
+from proglora_jax.data.images import CLIP_MEAN, CLIP_STD, ImageLoader, ImageSpec, load_image, missing_images
 
 BLANK = (-0.01125, -0.01120, -0.00133)
 # (width, height), mode, channel means, pixel (168, 168), pixel (0, 0)

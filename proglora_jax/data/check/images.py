@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 from proglora_jax.data.errors import UserError
-from proglora_jax.data.images import ImageFacts, inspect_image
+from proglora_jax.data.image_files import ImageFacts, inspect_image
 
 IMAGE_KINDS = MISSING, CORRUPT, TRUNCATED = "missing_image", "corrupt_image", "truncated_image"
 # Images per job: large enough that handing jobs out costs nothing, small enough that the last ones end together.
