@@ -38,6 +38,17 @@ def test_golden_values(tmp_path, size, mode, means, centre, corner):
     np.testing.assert_allclose(image[0, 0], corner, atol=0.02)
 
 
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (256, 3), (4, 64, 3), (2, 5, 7, 3), (0, 3)])
+def test_normalised_bit_for_bit_as_channel_by_channel(shape):
+    spec = ImageSpec(8, CLIP_MEAN, (0.5, 0.26130258, 0.3))
+    pixels = (np.arange(np.prod(shape)) * 7 % 256).astype(np.uint8).reshape(shape)
+    found = spec.normalise(pixels)
+    assert found.shape == shape and found.dtype == np.float32
+    for channel, (mean, std) in enumerate(zip(spec.mean, spec.std)):
+        expected = [(np.float32(one) * np.float32(1 / 255) - np.float32(mean)) / np.float32(std) for one in pixels[..., channel].flat]
+        assert found[..., channel].ravel().tolist() == expected
+
+
 @pytest.mark.parametrize("size", [(640, 427), (427, 640), (500, 500), (333, 1000), (336, 336), (337, 336)])
 def test_equals_the_clip_processor(tmp_path, size):
     processors = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
