@@ -15,6 +15,9 @@ from proglora_jax.data.errors import UserError
 
 T = TypeVar("T")
 
+PIXELS_VERSION = 1
+"""Of what this file does to pixels. Raise it with every change after which an image may give others: folders of prepared images
+(`data.image_cache`) of the time before are then not read."""
 # Above this ratio only the part that the centre crop keeps is resized: the whole strip might not fit into memory.
 _LONG_STRIP = 8
 # Largest square canvas, in pixels (400 MB); a thin strip that needs more is shrunk before it is padded.

@@ -15,6 +15,7 @@ from absl import logging
 from PIL import Image
 
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.image_cache import Entry, ImageCache, recipe
 from proglora_jax.data.image_files import prepare_pixels, read_rgb
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -134,7 +135,7 @@ def load_image(
 
 
 class ImageLoader:
-    """Loads images of one spec and mode, optionally from a bounded cache; safe to share between threads.
+    """Loads images of one spec and mode, optionally from a bounded cache or a folder; safe to share between threads.
 
     Attributes:
         spec: the image spec.
@@ -146,10 +147,10 @@ class ImageLoader:
 
     def __init__(
         self, spec: ImageSpec, mode: str = "pad", on_bad: str = "raise", cache_bytes: int = 0, *,
-        advice: str = "set config.data.on_bad_image=blank",
+        advice: str = "set config.data.on_bad_image=blank", folder: ImageCache | None = None,
     ):
         """Args: spec, mode, on_bad: as in `load_image`; cache_bytes: memory for prepared uint8 pixels, 0 for none; advice: what else can
-        be done about a bad image.
+        be done about a bad image; folder: where prepared pixels are kept, too.
 
         Raises:
             UserError: "config.evaluate.image_mode=x: choose one of ...", "config.data.on_bad_image=x: choose one of raise, blank"
@@ -159,7 +160,8 @@ class ImageLoader:
         if on_bad not in BAD_IMAGE_POLICIES:
             raise UserError(f"config.data.on_bad_image={on_bad}: choose one of {', '.join(BAD_IMAGE_POLICIES)}")
         self.spec, self.mode, self.on_bad, self._cache_bytes = spec, mode, on_bad, cache_bytes
-        self._advice = advice
+        self._advice, self._folder = advice, folder
+        self._recipe = recipe(spec.size, mode, spec.background, spec.resample) if folder else b""
         self.bad: set[str] = set()
         self.cut: set[str] = set()
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
@@ -176,10 +178,17 @@ class ImageLoader:
             if path in self._cache:
                 self._cache.move_to_end(path)
                 return self._cache[path]
+        entry = self._folder.entry(path, self.spec.size, self._recipe) if self._folder else None
+        pixels = self._folder.read(entry) if entry else None
+        if pixels is None:
+            pixels = self._prepared(path, entry)
+        self._remember(path, pixels)
+        return pixels
+
+    def _prepared(self, path: str, entry: Entry | None) -> np.ndarray:
+        """The pixels of a file, decoded; only those of a whole one are kept in the folder, as the others are counted in every run."""
         try:
             image, damage = read_rgb(path)
-            if damage:
-                self._note_cut(path, damage)
             pixels = prepare_pixels(image, self.spec.size, self.mode, self.spec.background, self.spec.resample)
         except UserError as error:
             if self.on_bad == "raise":
@@ -188,8 +197,11 @@ class ImageLoader:
                 if path not in self.bad:
                     logging.warning("%s. A blank image stands in (number %d of this run).", error, len(self.bad) + 1)
                 self.bad.add(path)
-            pixels = np.broadcast_to(np.asarray(self.spec.background, np.uint8), (self.spec.size, self.spec.size, 3))
-        self._remember(path, pixels)
+            return np.broadcast_to(np.asarray(self.spec.background, np.uint8), (self.spec.size, self.spec.size, 3))
+        if damage:
+            self._note_cut(path, damage)
+        elif entry:
+            self._folder.write(entry, pixels)
         return pixels
 
     def _note_cut(self, path: str, damage: str) -> None:
