@@ -66,7 +66,7 @@ SECTIONS = {
         "max_labels": 0, "buckets": ((704, 128), (1024, 512), (1536, 1024), (2048, 2048)), "train_examples": 0,
         "embedded_train_size": 1600, "embedded_test_size": 200, "embedded_seed": 0, "grouping": "modality_length", "remainder": "drop",
         "on_bad_record": "stop", "on_bad_image": "raise", "on_unsupervised": "drop", "empty_answer": "drop",
-        "threads": 0, "image_cache_mb": 0,
+        "threads": 0, "image_cache_mb": 0, "image_cache_dir": "",
     },
     "train": {
         "batch_size": 64, "batch_sizes": {}, "micro_batches": 1, "epochs": 1, "max_steps": 0, "learning_rate": 2e-4,

@@ -39,7 +39,8 @@ _STOPPED_CODE = flags.DEFINE_integer(
 # may have to change before a run that stopped with an error can go on must be here, or the work done so far would be lost.
 _FREE = {
     "run.log_every_steps", "run.checkpoint_every_steps", "run.tensorboard", "run.compilation_cache", "run.isolated_results",
-    "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.on_bad_record", "data.on_bad_image", "data.buckets",
+    "run.published_row", "data.root", "data.threads", "data.image_cache_mb", "data.image_cache_dir", "data.on_bad_record",
+    "data.on_bad_image", "data.buckets",
     "evaluate.batch_size", "evaluate.first_new_tokens", "evaluate.prompt_lengths", "evaluate.also_image_mode", "evaluate.share_prefix",
     # The same loss, summed in another order; what is drawn at random within a part (dropout, recalled samples) is drawn anew.
     "mesh.data", "mesh.fsdp", "mesh.model", "model.remat", "model.unroll", "train.micro_batches",

@@ -21,7 +21,7 @@ from tiny_run import here  # noqa: F401 (a fixture)
 
 from proglora_jax import main
 from proglora_jax.checkpoints import stage as checkpoints
-from proglora_jax.continual import answering
+from proglora_jax.continual import answering, session
 from proglora_jax.core import mesh as meshes
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.synthetic.benchmark import write_benchmark
@@ -142,7 +142,7 @@ WRONG = {
     "data.buckets": ((64,),), "data.train_examples": -1, "data.embedded_train_size": 0, "data.embedded_test_size": 0,
     "data.embedded_seed": -1, "data.max_labels": -1, "data.grouping": "length", "data.remainder": "keep", "data.on_bad_image": "skip",
     "data.on_bad_record": "skip", "data.on_unsupervised": "keep", "data.empty_answer": "keep", "data.threads": -1,
-    "data.image_cache_mb": -1, "train.batch_size": 0,
+    "data.image_cache_mb": -1, "data.image_cache_dir": "root/.", "train.batch_size": 0,
     "train.batch_sizes": {"GQA": 0}, "train.micro_batches": 0, "train.epochs": 0, "train.max_steps": -1, "train.learning_rate": 0.0,
     "train.projector_learning_rate": -1.0, "train.schedule": "linear", "train.warmup_fraction": 1.0, "train.weight_decay": -0.1,
     "train.beta1": 1.0, "train.beta2": -0.1, "train.epsilon": -1.0, "train.grad_clip": -1.0, "train.loss_norm": "mean",
@@ -491,6 +491,14 @@ def test_another_config_in_the_workdir(refuse, here, tmp_path):
     assert f"{tmp_path}/run/config.json is damaged: it is not JSON" in refuse()
     (tmp_path / "run" / "config.json").unlink()
     assert refuse() == f"--workdir={tmp_path}/run: holds stages but no config.json; choose an empty folder"
+
+
+def test_a_folder_of_images_that_cannot_be_written(refuse, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "load_source", None)  # long before the model is loaded
+    (tmp_path / "file").write_text("in the way")
+    text = refuse(data__image_cache_dir=str(tmp_path / "file" / "images"))
+    assert text == (f"config.data.image_cache_dir={tmp_path}/file/images: cannot be written (Not a directory); "
+                    "give a folder that can, or leave it out")
 
 
 def test_a_workdir_that_cannot_be_written(refuse, tmp_path):

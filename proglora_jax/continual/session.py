@@ -22,6 +22,7 @@ from proglora_jax.continual.stages import plan_stages
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core.types import Targets
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.image_cache import ImageCache
 from proglora_jax.data.images import ImageLoader, ImageSpec
 from proglora_jax.data.instruction_sets import REDUCED, find_set
 from proglora_jax.data.pipeline import reader_threads
@@ -63,6 +64,7 @@ class Session:
         data: name -> the task's files.
         logger: the record of the run.
         stop: whether the run was asked to stop.
+        image_cache: the folder of prepared images, or None.
     """
 
     settings: Settings
@@ -78,6 +80,7 @@ class Session:
     data: Mapping[str, TaskData]
     logger: RunLogger
     stop: StopSignal
+    image_cache: ImageCache | None
 
     @property
     def method(self) -> Method:
@@ -92,16 +95,16 @@ class Session:
     @functools.cached_property
     def train_loader(self) -> ImageLoader:
         """Images as in training: padded to a square."""
-        data = self.settings.data
-        return ImageLoader(self.images, "pad", data.on_bad_image, data.image_cache_mb << 20)
+        return self._loader("pad")
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (a session lives as long as the process)
     def eval_loader(self, mode: str) -> ImageLoader:
         """Images for questions, by mode; a bad one is never left out."""
-        if mode == "pad":
-            return self.train_loader
+        return self.train_loader if mode == "pad" else self._loader(mode)
+
+    def _loader(self, mode: str) -> ImageLoader:
         data = self.settings.data
-        return ImageLoader(self.images, mode, data.on_bad_image, data.image_cache_mb << 20)
+        return ImageLoader(self.images, mode, data.on_bad_image, data.image_cache_mb << 20, folder=self.image_cache)
 
     @property
     def _options(self) -> dict[str, Any] | None:
@@ -180,6 +183,7 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, threads=reader_threads(settings.data.threads)))
     data, model = settings.data, settings.model
     tasks = task_order(data.tasks if data.tasks in ORDERS else [name.strip() for name in data.tasks.split(",")])
+    image_cache = ImageCache(data.image_cache_dir) if data.image_cache_dir else None
     try:
         mesh = meshes.make_mesh(dataclasses.asdict(settings.mesh))
         meshes.row_share(mesh)
@@ -215,7 +219,8 @@ def open_session(settings: Settings, workdir: str | os.PathLike, *, resumed: boo
                    f"{data.threads} reader threads a process")
     workdir, stop = Path(workdir), stop or StopSignal()
     return Session(
-        settings, remat, workdir, mesh, llava, source.fingerprint(), source.protocol, encoder, images, tasks, files, logger, stop)
+        settings, remat, workdir, mesh, llava, source.fingerprint(), source.protocol, encoder, images, tasks, files, logger, stop,
+        image_cache)
 
 
 def _remat(settings: Settings, config: LlavaConfig, tasks: tuple[str, ...], mesh: Mesh) -> step.Remat:

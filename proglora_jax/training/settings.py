@@ -75,6 +75,8 @@ class DataSettings:
         empty_answer: "drop" leaves a turn with an empty answer out, "eos" supervises its end alone.
         threads: reader threads of a process; 0 takes half of the cores that it may use, 2 to 8, see `data.pipeline.reader_threads`.
         image_cache_mb: memory for decoded images; 0 decodes each time.
+        image_cache_dir: folder for the pixels of decoded images, which later runs read (339 KB an image of 336 x 336, see
+            `data.image_cache`); "" for none. Results are the same bits.
     """
 
     benchmark: str = "coin"
@@ -98,6 +100,7 @@ class DataSettings:
     empty_answer: str = "drop"
     threads: int = 0
     image_cache_mb: int = 0
+    image_cache_dir: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

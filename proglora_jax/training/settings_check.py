@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,8 @@ def check_settings(settings: Any) -> None:
         *(_at_least(f"data.{name}", getattr(data, name), least) for name, least in {
             "max_length": 1, "max_labels": 0, "train_examples": 0, "embedded_train_size": 1, "embedded_test_size": 1, "embedded_seed": 0,
             "threads": 0, "image_cache_mb": 0}.items()),
+        (not data.image_cache_dir or os.path.abspath(data.image_cache_dir) != os.path.abspath(data.root), "data.image_cache_dir",
+         repr(data.image_cache_dir), "must be a folder of its own, not config.data.root"),
         _one_of("train.schedule", train.schedule, SCHEDULES),
         _one_of("train.projector_init_per_task", train.projector_init_per_task, PROJECTOR_INITS),
         (settings.method.train_mm_projector or train.projector_init_per_task != "random", "train.projector_init_per_task", "'random'",

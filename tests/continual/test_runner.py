@@ -17,6 +17,7 @@ from proglora_jax.continual.answering import _line
 from proglora_jax.continual.run_record import load_run
 from proglora_jax.continual.session import Session
 from proglora_jax.continual.stages import plan_stages
+from proglora_jax.data import images
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.synthetic.benchmark import write_benchmark
 from proglora_jax.data.tasks import load_auxiliary, load_task
@@ -183,6 +184,20 @@ def stopped_in_the_second_stage(here, monkeypatch, name, **fields):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert list((here.folder / name / "stages" / "01_imagenet" / "progress").iterdir())
     return here.folder / name
+
+
+def test_prepared_images_in_a_folder_change_nothing(here, dynamic, monkeypatch):
+    """Nor does it to go on with a folder that another run has filled; then nothing is decoded any more."""
+    kept = here.folder / "kept_images"
+    folder = {"data__image_cache_dir": str(kept)}
+    first = here.run("with_folder", **folder)
+    assert tiny_run.differences(tiny_run.outcome(first), tiny_run.outcome(dynamic)) == []
+    files = {path: path.stat().st_mtime_ns for path in kept.glob("*/*")}
+    assert len(files) > 50 and {path.stat().st_size for path in files} == {32 + 48 * 48 * 3}
+    stopped_in_the_second_stage(here, monkeypatch, "begun_without")
+    monkeypatch.setattr(images, "read_rgb", None)
+    assert tiny_run.differences(tiny_run.outcome(here.run("begun_without", **folder)), tiny_run.outcome(dynamic)) == []
+    assert {path: path.stat().st_mtime_ns for path in kept.glob("*/*")} == files
 
 
 def test_progress_that_went_on_from_another_state_is_dropped(here, dynamic, monkeypatch, caplog):
