@@ -136,11 +136,14 @@ def _add_check_data(verbs) -> None:
     parser.add_argument("--counts", choices=("published", "any"), default="published",
                         help="compare record counts with the published files, or accept any (for a set of your own)")
     parser.add_argument("--workers", type=int, default=0, help="threads that decode images; 0 for one per core")
+    parser.add_argument("--fill-image-cache", metavar="FOLDER",
+                        help="with --model: keep all whole images prepared there, for runs with config.data.image_cache_dir=FOLDER")
     parser.add_argument("--show", type=int, default=10, help="problems spelled out per kind; the JSON file has them all")
     parser.add_argument("--json", metavar="FILE", help="write everything that was found to this file")
 
 
 def _check_data(arguments) -> int:
+    from proglora_jax.continual.check_command import images_to_fill, measuring_encoder
     from proglora_jax.data.check import check_data
     from proglora_jax.data.tasks import ORDERS
     from proglora_jax.data.templates import INSTRUCTION_SETS
@@ -149,8 +152,8 @@ def _check_data(arguments) -> int:
     sets = INSTRUCTION_SETS if arguments.instruction_set == "all" else _names(arguments.instruction_set)
     tasks = arguments.tasks if arguments.tasks in ORDERS else _names(arguments.tasks)
     findings = check_data(
-        arguments.root, tasks, sets, encoder=_encoder(arguments), references=reference_problems, counts=arguments.counts,
-        workers=arguments.workers)
+        arguments.root, tasks, sets, encoder=measuring_encoder(arguments), references=reference_problems, counts=arguments.counts,
+        workers=arguments.workers, fill=images_to_fill(arguments))
     for line in findings.lines(arguments.policy, arguments.show):
         print(line)
     if arguments.json:
@@ -160,30 +163,6 @@ def _check_data(arguments) -> int:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _encoder(arguments):
-    """The encoder that check-data measures lengths with, or None where neither a model nor a tokenizer is named."""
-    from proglora_jax.data.templates import get_template
-    from proglora_jax.data.tokens import Encoder, load_tokenizer
-
-    template = get_template(arguments.template)
-    # The tokenizer of a language model alone has no <image>; a run adds it, too.
-    folder, patches, vocab_size, bare = arguments.tokenizer, arguments.image_tokens, 0, True
-    if arguments.vision and not arguments.model:
-        raise UserError("--vision: goes with --model; with --tokenizer, give --image-tokens")
-    if arguments.model:
-        from proglora_jax.checkpoints.sources import is_original, read_config
-        from proglora_jax.checkpoints.weight_files import read_fields
-        from proglora_jax.continual.session import model_folder
-
-        folder = model_folder(arguments.model)
-        config, bare = read_config(folder, arguments.vision), is_original(read_fields(folder))
-        patches, vocab_size = config.image_tokens, config.text_config.vocab_size
-    if not folder:
-        return None
-    tokenizer = load_tokenizer(folder, vocab_size, add_image_token=bare)
-    return Encoder(tokenizer, template, patches, arguments.max_length)
 
 
 def _add_doctor(verbs) -> None:

@@ -145,6 +145,19 @@ def read_config(folder: Path, vision_folder: Path | None = None) -> LlavaConfig:
     return _with_image_row(_config(folder, fields, vision))
 
 
+def image_folder(folder: Path, vision_folder: Path | None = None) -> pathlib.Path:
+    """`Source.image_folder` of a LLaVA whose weights nobody needs: the CLIP's, where one is given or named.
+
+    Raises:
+        UserError: "<folder>: no such folder ...", "<folder>: config.json is missing ..."
+    """
+    folder = existing(folder)
+    if vision_folder:
+        return existing(vision_folder)
+    fields = read_fields(folder)
+    return (_named_vision(folder, fields) if is_original(fields) else None) or folder
+
+
 def is_original(fields: Mapping[str, Any]) -> bool:
     """Whether a config.json is of the layout of original LLaVA: a language model's own, which has no row for <image>."""
     return not ("vision_config" in fields or "text_config" in fields)

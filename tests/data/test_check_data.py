@@ -8,17 +8,21 @@ import os
 import re
 import shutil
 import sys
+from importlib import resources
 
+import numpy as np
 import pytest
 from check_fixtures import check, edit, image_path, json_path, only, pristine, root, set_value  # noqa: F401 (two are fixtures)
 from data_fixtures import conversation, save_tokenizer, write_json
 from PIL import Image
 
 from proglora_jax import tools
+from proglora_jax.data import images
 from proglora_jax.data.check.counts import PUBLISHED, Expected, count_problems, expected_counts
 from proglora_jax.data.check.progress import progress
 from proglora_jax.data.errors import UserError
-from proglora_jax.data.images import MODES, load_image
+from proglora_jax.data.image_cache import ImageCache
+from proglora_jax.data.images import MODES, ImageLoader, ImageSpec, load_image
 from proglora_jax.data.rows import encode_rows
 from proglora_jax.data.schema import TrainRow
 from proglora_jax.data.tasks import TASKS, load_task
@@ -345,6 +349,64 @@ def test_mistakes_in_the_arguments(arguments, words, capsys):
 def test_a_report_that_cannot_be_written(pristine, tmp_path, capsys):
     assert tools.main(["check-data", pristine, "--tasks", "VizWiz", "--json", str(tmp_path / "no" / "report.json")]) == 1
     assert "cannot be written" in capsys.readouterr().err
+
+
+# ---- the folder of prepared images
+
+
+def test_images_are_put_into_the_folder_as_runs_ask_for_them(root, tmp_path, capsys, monkeypatch):
+    """Padded all, cropped too where CoIN's scripts crop; not what is damaged, which every run counts."""
+    tasks, folder = ("TextVQA", "GQA", "ImageNet"), tmp_path / "prepared"
+    missing, cut = (image_path(root, "GQA", record=record) for record in (0, 1))
+    os.remove(missing)
+    with open(cut, "rb") as file:
+        content = file.read()
+    with open(cut, "wb") as file:
+        file.write(content[: len(content) // 2])
+    arguments = (root, "--tasks", ",".join(tasks), "--model", "embedded", "--template", "vicuna_v1_bare", "--fill-image-cache", folder)
+    status, lines = run(capsys, *arguments)
+    assert status == 1 and "2 problem(s)" in lines[-1]
+    data = {task: load_task(str(root), task) for task in tasks}
+    asked = {(record.image, "pad") for task in tasks for record in (*data[task].train, *data[task].questions)}
+    asked |= {(record.image, TASKS[task].coin_image_mode) for task in tasks for record in data[task].questions}
+    asked = {(path, mode) for path, mode in asked if path not in (None, missing, cut)}
+    assert {mode for _, mode in asked} == {"pad", "crop"}
+    assert f"  {folder}: {len(asked)} x an image that lies there prepared" in lines
+    files = {path: path.stat().st_mtime_ns for path in folder.glob("*/*")}
+    assert len(files) == len(asked)
+    assert run(capsys, *arguments) == (status, lines)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*/*")} == files, "what lies there stays"
+
+    spec = ImageSpec.from_folder(str(resources.files("proglora_jax") / "assets" / "coin_mini_base"))
+    expected = {(path, mode): ImageLoader(spec, mode).pixels(path) for path, mode in asked}
+    cache = ImageCache(str(folder))
+    monkeypatch.setattr(images, "read_rgb", None)
+    assert all(np.array_equal(ImageLoader(spec, mode, folder=cache).pixels(path), expected[path, mode]) for path, mode in asked)
+
+
+def test_a_full_disk_ends_the_filling(pristine, tmp_path, capsys, monkeypatch):
+    usage, written = type(shutil.disk_usage(tmp_path)), []
+
+    def left(folder):
+        written.append(folder)
+        return usage(1 << 40, 0, 1 << 40 if len(written) < 4 else 0)
+
+    monkeypatch.setattr(shutil, "disk_usage", left)
+    status, lines = run(capsys, pristine, "--tasks", "VizWiz", "--model", "embedded", "--template", "vicuna_v1_bare", "--workers", 1,
+                        "--fill-image-cache", tmp_path / "prepared")
+    assert status == 0 and f"  {tmp_path}/prepared: 3 x an image that lies there prepared" in lines
+    (said,) = (line for line in lines if "could not be put there" in line)
+    assert int(said.split(": ")[1].split()[0]) >= 7 and len(list((tmp_path / "prepared").glob("*/*"))) == 3
+
+
+@pytest.mark.parametrize("how", ["without a model", "a file in the way"])
+def test_a_folder_that_cannot_be_filled(pristine, tmp_path, capsys, how):
+    (tmp_path / "file").write_text("")
+    model = () if how == "without a model" else ("--model", "embedded")
+    assert tools.main(["check-data", pristine, "--fill-image-cache", str(tmp_path / "file"), *model]) == 1
+    sentence = f"={tmp_path}/file: cannot be written (File exists)" if model else "goes with --model, which says how images are prepared"
+    said = capsys.readouterr().err
+    assert said.startswith("error: --fill-image-cache") and sentence in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("terminal", [True, False])

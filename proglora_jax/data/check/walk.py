@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from proglora_jax.data.check.counts import COUNT_MODES, expected_counts
+from proglora_jax.data.check.fill import Fill, fill_folder, wanted_images
 from proglora_jax.data.check.findings import Findings, TaskRow
 from proglora_jax.data.check.images import IMAGE_KINDS, ImageState, ImageUses, look_at_images
 from proglora_jax.data.check.progress import progress
@@ -30,6 +31,7 @@ def check_data(
     references: ReferenceCheck | None = None,
     counts: str = "published",
     workers: int = 0,
+    fill: Fill | None = None,
 ) -> Findings:
     """Checks all records and images of some tasks.
 
@@ -41,6 +43,7 @@ def check_data(
         references: finds questions that could not be scored (`evaluation.evaluator.reference_problems`); None leaves them unchecked.
         counts: "published" compares the number of records with the benchmark's (not of reduced sets), "any" does not.
         workers: threads that decode; 0 for one per core.
+        fill: a folder to put the whole images into, as runs will ask for them.
 
     Returns:
         The findings; damage in the data is never raised.
@@ -67,6 +70,9 @@ def check_data(
         states = look_at_images(uses.paths, workers or _cores(), tick)
     findings.images = len(states)
     _report_images(findings, uses, states)
+
+    if fill is not None:
+        fill_folder(findings, fill, wanted_images(walked, uses, states), workers or _cores())
 
     # ---- what only shows when both are known
     for row, train, questions in walked:
