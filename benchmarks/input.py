@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from proglora_jax.data.image_cache import ImageCache
 from proglora_jax.data.image_files import open_rgb, prepare_pixels
 from proglora_jax.data.images import ImageLoader, ImageSpec
 
@@ -62,7 +63,8 @@ def draw(folder: Path, size: tuple[int, int], count: int) -> list[str]:
 
 
 def image_rates(folder: Path, size: tuple[int, int], count: int) -> dict:
-    """Milliseconds of CPU time an image: to open and decode, to pad and resize, to normalise; and images a second with a thread a core."""
+    """Milliseconds of CPU time an image: to open and decode, to pad and resize, to normalise; and images a second with a thread a core,
+    decoded and, in turns with that, from a folder of prepared images."""
     paths, spec = draw(folder, size, count), ImageSpec(336)
     loader = ImageLoader(spec)
     parts: dict[str, list[float]] = {"decode": [], "resize": [], "normalise": []}
@@ -77,13 +79,21 @@ def image_rates(folder: Path, size: tuple[int, int], count: int) -> dict:
         marks.append(time.process_time())
         for name, begin, end in zip(parts, marks, marks[1:]):
             parts[name].append(1e3 * (end - begin))
-    began, cpu = time.perf_counter(), time.process_time()
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(loader, paths))
-    wall, spent = time.perf_counter() - began, time.process_time() - cpu
+    with tempfile.TemporaryDirectory() as prepared, concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        kept = ImageLoader(spec, folder=ImageCache(prepared))
+        list(pool.map(kept, paths))
+        spent = {loader: np.zeros(2), kept: np.zeros(2)}
+        for begin in range(0, count, 8):
+            for one, times in spent.items():
+                began = np.array([time.process_time(), time.perf_counter()])
+                list(pool.map(one, paths[begin : begin + 8]))
+                times += np.array([time.process_time(), time.perf_counter()]) - began
+        file_bytes = statistics.mean(path.stat().st_size for path in Path(prepared).glob("*/*"))
+    rates, from_folder = ((count / times).tolist() for times in spent.values())
     medians = {f"{name}_ms": statistics.median(values) for name, values in parts.items()}
     return {"width": size[0], "height": size[1], "file_kb": statistics.mean(map(os.path.getsize, paths)) / 1e3, **medians,
-            "per_s_and_core": count / spent, "per_s": count / wall}
+            "per_s_and_core": rates[0], "per_s": rates[1],
+            "folder": {"file_kb": file_bytes / 1e3, "per_s_and_core": from_folder[0], "per_s": from_folder[1]}}
 
 
 def loop_stall(workdir: Path, root: Path, cache_mb: int, steps: int) -> dict:
@@ -130,6 +140,9 @@ def write(found: dict, folder: Path) -> None:
              "|---|---:|---:|---:|---:|---:|---:|"]
     lines += [f"| {one['width']}x{one['height']} | {one['file_kb']:.0f} | {one['decode_ms']:.2f} | {one['resize_ms']:.2f} | "
               f"{one['normalise_ms']:.2f} | {one['per_s_and_core']:.0f} | {one['per_s']:.0f} |" for one in found["images"]]
+    one, stored = found["images"][0], found["images"][0]["folder"]
+    lines += [f"| from the cache folder | {stored['file_kb']:.0f} | – | – | {one['normalise_ms']:.2f} | {stored['per_s_and_core']:.0f} | "
+              f"{stored['per_s']:.0f} |"]
     lines += ["", "Milliseconds are of CPU time, medians; the rate a core is of CPU time, with a thread on each core."]
     if found["loops"]:
         lines += ["", "| training loop of coin_mini | steps | step, ms | median wait, ms | share of the time that is waiting |",

@@ -23,8 +23,10 @@ def test_images_are_like_photos_and_rates_are_positive(inputs, tmp_path):
     assert 40 < found["file_kb"] < 160, "a photo of this size has about 80 KB"
     assert min(found["decode_ms"], found["resize_ms"], found["normalise_ms"], found["per_s_and_core"]) > 0
     assert len(os.listdir(tmp_path)) == 4
+    assert found["folder"]["per_s_and_core"] > found["per_s_and_core"] and round(found["folder"]["file_kb"]) == 339
     inputs.write({"images": [found], "loops": [], "cores": 1}, tmp_path / "out")
-    assert "| 640x480 | " in (tmp_path / "out" / "input.md").read_text()
+    text = (tmp_path / "out" / "input.md").read_text()
+    assert "| 640x480 | " in text and "| from the cache folder | 339 | " in text
 
 
 def test_waiting_by_hand(inputs):
