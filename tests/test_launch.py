@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_scripts_parse_and_say_how_to_use_them(name, stubs):
     assert subprocess.run(["bash", "-n", path], check=True, capture_output=True).stderr == b""
     done = subprocess.run(["bash", path], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 2 and "CONFIG" in done.stderr and "WORKDIR" in done.stderr
-    assert os.access(path, os.X_OK) and len(path.read_text().splitlines()) < 80
+    assert os.access(path, os.X_OK) and len(path.read_text().splitlines()) <= 100
 
 
 def test_local_passes_everything_on(stubs):
@@ -88,67 +89,162 @@ def test_the_commands_that_a_script_shows_could_run_every_task(name):
         assert settings.evaluate.batch_size % meshes.batch_ways(mesh) == 0
 
 
-SRUN = """[[ " $* " == *" --cpus-per-task=${SLURM_CPUS_PER_TASK:-none} "* ]] || [[ -z ${SLURM_CPUS_PER_TASK:-} && $* != *cpus* ]] || exit 99
-while [[ $1 == --* ]]; do shift; done
-SLURM_NTASKS=2 SLURM_PROCID=1 exec "$@" """
+# Runs a command for every task as srun of SLURM 22.05 was seen to do. --disable-status hands SIGINT on; SIGTERM kills the tasks. A task that
+# ends badly makes it ask the others to end. Its own exit code is the highest.
+SRUN = """import os, signal, subprocess, sys
+first = next(place for place in range(1, len(sys.argv)) if not sys.argv[place].startswith("--"))
+flags, words = sys.argv[1:first], sys.argv[first:]
+cpus = ["--cpus-per-task=" + os.environ["SLURM_CPUS_PER_TASK"]] if "SLURM_CPUS_PER_TASK" in os.environ else []
+assert sorted({"--disable-status", *flags}) == sorted(["--disable-status", "--kill-on-bad-exit=1", *cpus]), flags
+send = lambda number: [os.killpg(step.pid, number) for step in steps if step.poll() is None]
+signal.signal(signal.SIGINT, lambda *_: send(signal.SIGINT) if "--disable-status" in flags else None)
+signal.signal(signal.SIGTERM, lambda *_: send(signal.SIGKILL))
+count = int(os.environ.get("TASKS", "1"))
+places = [{"SLURM_NTASKS": str(count), "SLURM_PROCID": str(number)} for number in range(count)]
+steps = [subprocess.Popen(words, env=os.environ | place, start_new_session=True) for place in places]
+bad = False
+while any(step.poll() is None for step in steps):
+    if not bad and any(step.poll() for step in steps):
+        bad = True
+        send(signal.SIGTERM)
+    signal.sigtimedwait([], 0.02)
+sys.exit(max(step.poll() if step.poll() >= 0 else 128 - step.poll() for step in steps))
+"""
+# Stands for a run: notes that it listens, and ends when it is told to, as process SLURM_PROCID is given to; a second signal ends it at once.
+RUN = """import os, pathlib, signal, sys, time
+here, ends = pathlib.Path(os.environ["HERE"]), os.environ["ENDS"].split()[int(os.environ["SLURM_PROCID"])]
+def asked(number, _frame):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.SIG_DFL)
+    (here / "asked").touch()
+    time.sleep(0.3)
+    os._exit(int(ends.lstrip("!")))
+signal.signal(signal.SIGTERM, asked), signal.signal(signal.SIGINT, asked)
+(here / ("listens" + os.environ["SLURM_PROCID"])).write_text(str(os.getppid()))
+if ends.startswith("!"):  # by itself
+    while not (here / "listens0").exists() or not (here / ("listens" + str(len(os.environ["ENDS"].split()) - 1))).exists():
+        time.sleep(0.02)
+    os._exit(int(ends[1:])) if ends != "!137" else os.kill(os.getpid(), 9)
+time.sleep(20)
+"""
 
 
-def slurm(environment: dict) -> dict:
-    return {**environment, "SLURM_JOB_ID": "45678", "SLURM_JOB_NODELIST": "n[1-2]"}
+class Slurm:
+    """launch/slurm.sbatch with stubs of SLURM's commands and of the run.
+
+    Args:
+        ends: for every process the exit code with which its run ends when it is asked to; "!1" ends by itself with 1.
+        state: what squeue says.
+        scripts: bodies of further stubs.
+    """
+
+    def __init__(self, stubs, folder: Path, ends: str, state: str = "echo RUNNING", **scripts: str):
+        environment, make, self.calls = stubs
+        self.folder, self.workdir, self.count = folder, folder / "my run", len(ends.split())
+        for name, text in (("srun", SRUN), ("python", RUN)):
+            (folder / f"{name}.py").write_text(text)
+            make(name, f'exec {sys.executable} {folder / name}.py "$@"')
+        bodies = {"scontrol": "echo node1; echo node2", "squeue": state, "sleep": "exec /bin/sleep 0.02", "scancel": "exit 1"} | scripts
+        for name, body in bodies.items():
+            make(name, body)
+        given = {"SLURM_JOB_ID": "45678", "SLURM_JOB_NODELIST": "n[1-2]", "TASKS": str(self.count), "ENDS": ends, "HERE": str(folder)}
+        self.environment = environment | given
+
+    def run(self, signals=lambda job: None, **environment: str) -> int:
+        """Exit code of the script; signals: called with it when every run listens."""
+        command = ["bash", LAUNCH / "slurm.sbatch", "c.py", str(self.workdir), "--config.a=b c"]
+        job = subprocess.Popen(command, env=self.environment | environment)
+        wait_for(lambda: all(self.shell(number) for number in range(self.count)) or job.poll() is not None)
+        signals(job)
+        code = job.wait(timeout=20)
+        assert not list(self.workdir.iterdir()), "no note is left"
+        return code
+
+    def shell(self, number: int) -> int:
+        """The process id of a node's shell, whose run listens."""
+        path = self.folder / f"listens{number}"
+        return int(path.read_text() or 0) if path.exists() else 0
+
+    @property
+    def queued(self) -> bool:
+        """Whether the job is queued again."""
+        return ["requeue", "45678"] in self.calls("scontrol")
+
+
+def wait_for(holds, seconds: float = 10) -> None:
+    """Returns when it holds."""
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def terminate(job: subprocess.Popen) -> None:
+    """What SLURM does to the batch shell before the end of the time."""
+    job.send_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("code, cpus", [(0, {}), (3, {"SLURM_CPUS_PER_TASK": "32"})])
-def test_slurm_starts_one_process_per_node_with_its_cpus_and_keeps_the_exit_code(stubs, code, cpus):
-    environment, make, calls = stubs
-    environment |= cpus
-    make("scontrol", "echo node1; echo node2")
-    make("srun", SRUN)
-    make("python", f"exit {code}")
-    done = subprocess.run(["bash", LAUNCH / "slurm.sbatch", "c.py", "my run", "--config.a=b c"], env=slurm(environment))
-    assert done.returncode == code
-    expected = ["-m", "proglora_jax.main", "--config", "c.py", "--workdir", "my run", "--coordinator_address", "node1:25678"]
-    assert calls("python") == [[*expected, "--num_processes", "2", "--process_id", "1", "--config.a=b c", "--stopped_exit_code", "75"]]
-    assert not any("requeue" in call for call in calls("scontrol"))
+def test_slurm_starts_one_process_per_node_with_its_cpus_and_keeps_the_exit_code(stubs, tmp_path, code, cpus):
+    slurm = Slurm(stubs, tmp_path, f"!{code}")
+    assert slurm.run(**cpus) == code
+    expected = ["-m", "proglora_jax.main", "--config", "c.py", "--workdir", str(slurm.workdir), "--coordinator_address", "node1:25678"]
+    assert slurm.calls("python") == [[*expected, "--num_processes", "1", "--process_id", "0", "--config.a=b c", "--stopped_exit_code", "75"]]
+    assert not slurm.queued
 
 
-# What stands for a run whose end is asked for: it saves and says that it stopped; it could not listen yet; it was at its end anyway; it fails.
-@pytest.mark.parametrize("code, queued, ends", [(75, True, 0), (143, True, 0), (0, False, 0), (1, False, 1)])
-def test_slurm_queues_an_interrupted_run_again(stubs, tmp_path, code, queued, ends):
-    environment, make, calls = stubs
-    (tmp_path / "run").mkdir()
-    make("scontrol", "echo node1")
-    make("srun", SRUN)
-    make("scancel", f"touch {tmp_path / 'stop'}")
-    make("python", f"while [[ ! -e {tmp_path / 'stop'} ]]; do sleep 0.02; done; sleep 0.1; exit {code}")
-    job = subprocess.Popen(["bash", LAUNCH / "slurm.sbatch", "c.py", str(tmp_path / "run")], env=slurm(environment))
-    until = time.monotonic() + 10
-    while not calls("python") and time.monotonic() < until:
-        time.sleep(0.02)
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(timeout=10) == ends
-    assert calls("scancel") == [["--signal=TERM", "45678"]]
-    assert (["requeue", "45678"] in calls("scontrol")) is queued
-    assert not list((tmp_path / "run").iterdir())
+# What stands for a run whose end is asked for: it saves and says that it stopped; it could not listen yet; it was at its end; it fails, alone
+# or before another, which srun then ends, has saved.
+@pytest.mark.parametrize("ends, queued, succeeds", [
+    ("75 75", True, True), ("130", True, True), ("0 0", False, True), ("1", False, False), ("75 1", False, False), ("143 1", False, False),
+])  # fmt: skip
+def test_slurm_queues_an_interrupted_run_again(stubs, tmp_path, ends, queued, succeeds):
+    slurm = Slurm(stubs, tmp_path, ends)
+    assert (slurm.run(terminate) == 0) is succeeds
+    assert slurm.queued is queued and (tmp_path / "asked").exists()
 
 
-@pytest.mark.parametrize("code, queued", [(0, True), (1, False)])  # of srun: another node's run may fail when it is asked to stop
-def test_slurm_queues_a_run_again_whose_steps_alone_were_asked_to_stop(stubs, tmp_path, code, queued):
+def test_slurm_asks_a_run_to_stop_and_queues_it_again_though_the_controller_is_busy(stubs, tmp_path):
+    refuse = f'if [[ $1 == requeue ]] && (( $(echo x >> {tmp_path}/no; wc -l < {tmp_path}/no) < 4 )); then exit 1; fi; echo node1'
+    slurm = Slurm(stubs, tmp_path, "75", state="exit 1", scontrol=refuse)
+    assert slurm.run(terminate) == 0
+    assert [call[0] for call in slurm.calls("scontrol")] == ["show", *["requeue"] * 4]
+
+
+def test_slurm_says_so_where_it_cannot_queue_a_run_again(stubs, tmp_path, capfd):
+    slurm = Slurm(stubs, tmp_path, "75", scontrol="[[ $1 == show ]] && echo node1")
+    assert slurm.run(terminate) == 1
+    assert "SLURM does not queue job 45678 again" in capfd.readouterr().err
+
+
+def test_slurm_leaves_a_job_alone_that_its_user_cancels(stubs, tmp_path):
+    """`scancel JOB` sends SIGTERM to the batch shell and to the steps; a second signal would end the run before it has saved."""
+    slurm = Slurm(stubs, tmp_path, "75", state="echo COMPLETING")
+
+    def cancel(job):
+        os.killpg(slurm.shell(0), signal.SIGTERM)
+        terminate(job)
+
+    assert slurm.run(cancel) == 0
+    assert not slurm.queued and not slurm.calls("scancel")
+
+
+@pytest.mark.parametrize("ends, queued", [("75 75", True), ("75 1", False)])  # another node's run may fail when it is asked to stop
+def test_slurm_queues_a_run_again_whose_steps_alone_were_asked_to_stop(stubs, tmp_path, ends, queued):
     """Preemption with grace and `scancel --signal=TERM` do not reach the batch shell; the nodes' shells get the signal with their runs."""
-    environment, make, calls = stubs
-    (tmp_path / "run").mkdir()
-    make("scontrol", "echo node1")
-    make("srun", SRUN.replace("exec ", "setsid --wait ") + f" || exit\nexit {code}")
-    make("python", f"echo $PPID > {tmp_path / 'shell'}; trap 'sleep 0.1; exit 75' TERM; while :; do sleep 0.02; done")
-    job = subprocess.Popen(["bash", LAUNCH / "slurm.sbatch", "c.py", str(tmp_path / "run")], env=slurm(environment))
-    until = time.monotonic() + 10
-    while not (tmp_path / "shell").exists() or not (tmp_path / "shell").read_text():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    time.sleep(0.1)  # until the run listens
-    os.killpg(int((tmp_path / "shell").read_text()), signal.SIGTERM)
-    assert job.wait(timeout=10) == code
-    assert (["requeue", "45678"] in calls("scontrol")) is queued and not calls("scancel")
-    assert not list((tmp_path / "run").iterdir())
+    slurm = Slurm(stubs, tmp_path, ends)
+    code = slurm.run(lambda job: [os.killpg(slurm.shell(number), signal.SIGTERM) for number in range(2)])
+    assert slurm.queued is queued and (code == 0) is queued
+
+
+# A process is lost, and srun asks the other to end, which the loss ends too; one fails, which the other takes for a loss; both fail.
+@pytest.mark.parametrize("ends, before, queued", [
+    (f"!{LOST} {LOST}", 0, True), ("!134 137", 0, True), ("!137 75", 15, True), ("!137 134", 16, False),
+    (f"!1 {LOST}", 0, False), ("!1 137", 0, False), ("!2 75", 0, False), ("!1 !1", 0, False),
+])  # fmt: skip
+def test_slurm_queues_a_run_again_that_lost_a_process_and_none_that_failed(stubs, tmp_path, ends, before, queued):
+    slurm = Slurm(stubs, tmp_path, ends)
+    code = slurm.run(**({"SLURM_RESTART_COUNT": str(before)} if before else {}))
+    assert slurm.queued is queued and (code == 0) is queued
 
 
 def manifests(environment: dict, *arguments: str) -> list[dict]:
