@@ -89,8 +89,8 @@ def test_the_commands_that_a_script_shows_could_run_every_task(name):
         assert settings.evaluate.batch_size % meshes.batch_ways(mesh) == 0
 
 
-# Runs a command for every task as srun of SLURM 22.05 was seen to do. --disable-status hands SIGINT on; SIGTERM kills the tasks. A task that
-# ends badly makes it ask the others to end. Its own exit code is the highest.
+# Runs a command for every task as srun of SLURM 22.05 was seen to do: with --disable-status it hands SIGINT on, SIGTERM kills the tasks, a
+# task that ends badly makes it ask the others to end, and its own exit code is the highest.
 SRUN = """import os, signal, subprocess, sys
 first = next(place for place in range(1, len(sys.argv)) if not sys.argv[place].startswith("--"))
 flags, words = sys.argv[1:first], sys.argv[first:]
@@ -110,7 +110,7 @@ while any(step.poll() is None for step in steps):
     signal.sigtimedwait([], 0.02)
 sys.exit(max(step.poll() if step.poll() >= 0 else 128 - step.poll() for step in steps))
 """
-# Stands for a run: notes that it listens, and ends when it is told to, as process SLURM_PROCID is given to; a second signal ends it at once.
+# Stands for a run: notes that it listens, and ends when it is told to, with what its process is given; a second signal ends it at once.
 RUN = """import os, pathlib, signal, sys, time
 here, ends = pathlib.Path(os.environ["HERE"]), os.environ["ENDS"].split()[int(os.environ["SLURM_PROCID"])]
 def asked(number, _frame):
@@ -188,12 +188,13 @@ def test_slurm_starts_one_process_per_node_with_its_cpus_and_keeps_the_exit_code
     slurm = Slurm(stubs, tmp_path, f"!{code}")
     assert slurm.run(**cpus) == code
     expected = ["-m", "proglora_jax.main", "--config", "c.py", "--workdir", str(slurm.workdir), "--coordinator_address", "node1:25678"]
-    assert slurm.calls("python") == [[*expected, "--num_processes", "1", "--process_id", "0", "--config.a=b c", "--stopped_exit_code", "75"]]
+    expected += ["--num_processes", "1", "--process_id", "0", "--config.a=b c", "--stopped_exit_code", "75"]
+    assert slurm.calls("python") == [expected]
     assert not slurm.queued
 
 
-# What stands for a run whose end is asked for: it saves and says that it stopped; it could not listen yet; it was at its end; it fails, alone
-# or before another, which srun then ends, has saved.
+# What stands for a run whose end is asked for: it saves and says that it stopped; it could not listen yet; it was at its end; it fails,
+# alone or before another, which srun then ends, has saved.
 @pytest.mark.parametrize("ends, queued, succeeds", [
     ("75 75", True, True), ("130", True, True), ("0 0", False, True), ("1", False, False), ("75 1", False, False), ("143 1", False, False),
 ])  # fmt: skip
@@ -396,3 +397,123 @@ def test_cloud_tpu_does_not_try_for_ever(stubs, monkeypatch):
     monkeypatch.setitem(TPU, "TRIES", "5")
     status, verbs, began = tpu(stubs, '[[ $4 != create ]]')
     assert (status, began, verbs.count("create")) == (1, 0, 5)
+
+
+def test_cloud_tpu_takes_the_capacity_that_is_asked_for(stubs):
+    environment, make, calls = stubs
+    make("gcloud")
+    make("git")
+    command = ["bash", LAUNCH / "tpu_vm.sh", "c.py", "runs/a"]
+    for name in ("", "spot", "reserved", "on-demand"):
+        subprocess.run(command, env=environment | TPU | {"CAPACITY": name} if name else environment | TPU, check=True)
+    flags = [[word for word in call if word in ("--spot", "--reserved")] for call in calls("gcloud") if call[3:4] == ["create"]]
+    assert flags == [["--spot"], ["--spot"], ["--reserved"], []]
+    done = subprocess.run(command, env=environment | TPU | {"CAPACITY": "cheap"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "CAPACITY=cheap: must be spot, on-demand or reserved" in done.stderr
+
+
+# Stands for a run on a host: it saves half a second after the first signal, unless a second one ends it.
+TPU_RUN = """#!{}
+import os, pathlib, signal, sys, time
+home = pathlib.Path.home()
+def asked(number, _frame):
+    signal.signal(number, signal.SIG_DFL)
+    (home / "asked").touch()
+    time.sleep(0.5)
+    (home / "saved").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, asked)
+with open(home / "listens", "a") as notes:
+    notes.write(f"{{os.getpid()}}\\n")
+time.sleep(20)
+"""
+
+
+class Host:
+    """A folder that stands for the home of a TPU host, and the commands that launch/tpu_vm.sh would run there."""
+
+    def __init__(self, stubs, folder: Path):
+        self.environment, self.make, self.calls = stubs
+        self.make("gcloud", f'if [[ $4 == ssh ]]; then for word; do if [[ ${{before:-}} == --command ]]; then printf "%s\\0" "$word" >> '
+                            f'{folder}/commands; fi; before=$word; done; fi')  # fmt: skip
+        self.make("git")
+        subprocess.run(["bash", LAUNCH / "tpu_vm.sh", "c.py", "runs/my run"], env=self.environment | TPU, check=True)
+        self.home = folder / "home"
+        python = self.home / "environment" / "bin" / "python"
+        python.parent.mkdir(parents=True)
+        (self.home / "proglora").mkdir()
+        python.write_text(TPU_RUN.format(sys.executable))
+        python.chmod(0o755)
+        self.environment |= {"HOME": str(self.home)}
+        # where the share is mounted is not for tests to write
+        self.prepare, self.run = (folder / "commands").read_text().replace("/mnt/proglora", str(folder / "share")).split("\0")[:2]
+
+    def start(self, command: str) -> subprocess.Popen:
+        """What sshd does with a command."""
+        return subprocess.Popen(["bash", "-c", command], env=self.environment, cwd=self.home)
+
+    def listening(self, times: int = 1) -> int:
+        """The process id of the run of that number, once it listens."""
+        wait_for(lambda: (self.home / "listens").exists() and (self.home / "listens").read_text().count("\n") >= times)
+        return int((self.home / "listens").read_text().splitlines()[times - 1])
+
+
+def test_cloud_tpu_does_not_start_a_run_beside_one_that_a_lost_connection_left(stubs, tmp_path):
+    host = Host(stubs, tmp_path)
+    first = host.start(host.run)
+    assert host.listening() == first.pid == int((host.home / "proglora.pid").read_text())
+    second = host.start(host.run)
+    wait_for((host.home / "asked").exists)
+    third = host.start(host.run)  # does not ask again: that would end the first unsaved
+    assert first.wait(10) == 75 and (host.home / "saved").exists()
+    assert second.wait(10) == third.wait(10) == LOST, "all hosts begin anew"
+    assert (host.home / "listens").read_text().count("\n") == 1
+    fourth = host.start(host.run)
+    assert host.listening(2) == fourth.pid
+    fourth.terminate()
+    assert fourth.wait(10) == 75
+
+
+@pytest.mark.parametrize("whose", ["nobody", "another program"])
+def test_cloud_tpu_leaves_other_processes_alone_whose_number_was_a_runs(stubs, tmp_path, whose):
+    host = Host(stubs, tmp_path)
+    other = subprocess.Popen(["sleep", "20"])
+    if whose == "nobody":
+        other.kill()
+        other.wait()
+    (host.home / "proglora.pid").write_text(f"{other.pid}\n")
+    run = host.start(host.run)
+    assert host.listening() == run.pid and (whose == "nobody" or other.poll() is None)
+    for process in (run, other):
+        process.kill()
+        process.wait()
+
+
+def test_cloud_tpu_runs_outlive_the_end_of_their_session_until_they_have_saved(stubs, tmp_path):
+    host = Host(stubs, tmp_path)
+    run = host.start(host.run)
+    host.listening()
+    run.send_signal(signal.SIGTERM)
+    run.send_signal(signal.SIGHUP)
+    assert run.wait(10) == 75 and (host.home / "saved").exists()
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_cloud_tpu_hosts_are_prepared_with_a_workdir_that_the_user_can_write(stubs, tmp_path, writable):
+    host = Host(stubs, tmp_path)
+    for name in ("tar", "python3.11", "mount.nfs", "mountpoint", "chown"):
+        host.make(name)
+    host.make("sudo", 'SUDO=1 exec "$@"')
+    refused = "no" if writable else f"{tmp_path}/share"  # to all but root
+    host.make("mkdir", f'if [[ ${{*: -1}} == {refused}* && -z ${{SUDO:-}} ]]; then exit 1; fi; exec /bin/mkdir "$@"')
+    pip = host.home / "environment" / "bin" / "pip"
+    pip.write_text("#!/bin/sh\n")
+    pip.chmod(0o755)
+    run = host.start(host.run)
+    host.listening()
+    prepare = host.start(host.prepare)
+    assert run.wait(10) == 75 and (host.home / "saved").exists(), "what a lost connection left ends before"
+    assert prepare.wait(10) == 0
+    workdir = tmp_path / "share" / "runs" / "my run"
+    assert workdir.is_dir()
+    assert host.calls("chown") == ([] if writable else [[f"{os.getuid()}:{os.getgid()}", str(workdir)]])
