@@ -7,7 +7,7 @@
 #   ... launch/tpu_vm.sh --dry-run configs/coin.py runs/coin      prints the commands
 #
 # The workdir is relative to the NFS share (Filestore), which is mounted on every host, and belongs to the user as whom gcloud signs in.
-# Where that user cannot write it, as on a fresh share, whose root is root's, sudo makes it and gives it to the user (not under root_squash).
+# Where that user cannot write it, as on a fresh share, whose root is root's, sudo makes it and hands it over (not with root_squash).
 # A slice of one host can do without NFS and keeps the workdir on its own disk, which goes with the slice. A bucket mounted with gcsfuse
 # will not do: checkpoints need renames that happen at once.
 # CAPACITY is spot (the default), on-demand or reserved. Spot slices are taken away at any time: the run gets SIGTERM and saves; this script

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import dataclasses
+import fnmatch
 import os
 import re
 import shlex
@@ -276,6 +277,10 @@ def test_kubernetes_manifests_fit_the_published_schemas_and_each_other():
     # evicted, stopped: no failure, the Job starts its pods again; what would fail again ends it; a loss counts for every pod, 16 times
     assert rules == [("Ignore", None), ("Ignore", [code]), ("FailJob", [1])] and LOST not in (0, 1, code)
     assert spec["backoffLimit"] == 16 * spec["completions"]
+    # what a pod has compiled is there for the one that takes its place
+    cache = {entry["name"]: entry["value"] for entry in train["env"]}["JAX_COMPILATION_CACHE_DIR"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in train["volumeMounts"]}
+    assert mounts[str(Path(cache).parent)] == "runs"
 
 
 def test_a_manifest_that_does_not_fit_is_noticed():
@@ -304,6 +309,28 @@ def test_the_image_holds_the_package_and_its_gpu_extra():
     extras = configparser.ConfigParser()
     extras.read(LAUNCH.parent / "setup.cfg")
     assert re.search(r"\[(\w+)\]'", text)[1] in extras["options.extras_require"]
+
+
+def left_out(path: str, patterns: list[str]) -> bool:
+    """Whether Docker leaves a path out of a build, by patterns for one name: at the root, or after "**/" in any folder."""
+    parts = path.split("/")
+    return any(
+        fnmatch.fnmatchcase(part, pattern.removeprefix("**/"))
+        for pattern in patterns for part in (parts if pattern.startswith("**/") else parts[:1])
+    )  # fmt: skip
+
+
+def test_the_image_leaves_out_what_git_ignores_and_git_itself():
+    root = LAUNCH.parent
+    patterns = [line for line in (root / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert not any("/" in pattern.removeprefix("**/") for pattern in patterns)
+    for ignored in ["/.git/", "**/.cache/", *(root / ".gitignore").read_text().split()]:
+        name = re.sub(r"\[(\w)\w*\]", r"\1", ignored.removeprefix("**/").strip("/")).replace("*", "x")
+        for path in (name, f"{name}/file", name if ignored.startswith("/") else f"folder/{name}"):
+            assert left_out(path, patterns), f"{path}: .gitignore has {ignored}, .dockerignore does not"
+    needed = [path.relative_to(root) for name in ("proglora_jax", "configs", "launch") for path in (root / name).rglob("*.*")]
+    needed = [str(path) for path in needed if "__pycache__" not in path.parts]
+    assert needed and not [path for path in [*needed, "setup.cfg", "README.md", "pyproject.toml"] if left_out(path, patterns)]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
