@@ -91,7 +91,7 @@ while :; do
   case $status in
     0) exit ;;
     75) ;;  # stopped, to be continued
-    76 | 134 | 137 | 255)  # a process or the connection is lost; of a slice that is being taken away the state says so minutes later
+    76 | 134 | 137 | 139 | 255)  # a process or the connection is lost; of a slice that is being taken away the state says so minutes later
       for (( poll = 0; poll < 10; poll++ )); do if [[ $(state) == READY ]]; then sleep "$pause"; else break; fi; done
       if (( poll == 10 && --losses < 0 )); then exit "$status"; fi ;;
     *) if [[ $(state) == READY ]]; then exit "$status"; fi ;;  # a failure that would come again

@@ -240,7 +240,7 @@ def test_slurm_queues_a_run_again_whose_steps_alone_were_asked_to_stop(stubs, tm
 
 # A process is lost, and srun asks the other to end, which the loss ends too; one fails, which the other takes for a loss; both fail.
 @pytest.mark.parametrize("ends, before, queued", [
-    (f"!{LOST} {LOST}", 0, True), ("!134 137", 0, True), ("!137 75", 15, True), ("!137 134", 16, False),
+    (f"!{LOST} {LOST}", 0, True), ("!134 137", 0, True), ("!139 137", 0, True), ("!137 75", 15, True), ("!137 134", 16, False),
     (f"!1 {LOST}", 0, False), ("!1 137", 0, False), ("!2 75", 0, False), ("!1 !1", 0, False),
 ])  # fmt: skip
 def test_slurm_queues_a_run_again_that_lost_a_process_and_none_that_failed(stubs, tmp_path, ends, before, queued):
