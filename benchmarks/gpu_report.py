@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -174,23 +173,9 @@ def _number(value: float | None, form: str) -> str:
 
 def _figure(rows: list[Row]) -> bytes:
     """Samples a second of every case that ran, a panel for training and one for answering, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from shared import OURS, THEIRS, Bar, bars
 
-    panels = [(title, [row for row in rows if row["fields"]["what"] == what and "samples_per_s" in row])
-              for what, title in (("train", "Training"), ("answer", "Answering"))]
-    panels = [(title, own) for title, own in panels if own]
-    drawn = Figure(figsize=(10, 1.2 + 0.3 * sum(len(own) for _, own in panels)), dpi=110, layout="constrained")
-    axes = drawn.subplots(len(panels), 1, squeeze=False, height_ratios=[len(own) for _, own in panels])[:, 0]
-    for panel, (title, own) in zip(axes, panels):
-        names = [row["case"].split(" ", 2)[2] for row in own]
-        colours = ["#2a6fbb" if row["fields"]["side"] == "ours" else "#c8792b" for row in own]
-        bars = panel.barh(range(len(own)), [row["samples_per_s"] for row in own], color=colours)
-        panel.bar_label(bars, fmt="%.3g", fontsize=8, padding=3)
-        panel.set_yticks(range(len(own)), names, fontsize=8)
-        panel.invert_yaxis()
-        panel.set_title(f"{title}, samples a second (blue: ours, orange: transformers and PEFT)", fontsize=10, loc="left")
-        panel.spines[["top", "right"]].set_visible(False)
-    stream = io.BytesIO()
-    FigureCanvasAgg(drawn).print_png(stream, metadata={"Software": None})
-    return stream.getvalue()
+    bar = lambda row: Bar(row["case"].split(" ", 2)[2], row["samples_per_s"], colour=OURS if row["fields"]["side"] == "ours" else THEIRS)
+    return bars({f"{title}, samples a second (blue: ours, orange: transformers and PEFT)": [
+        bar(row) for row in rows if row["fields"]["what"] == what and "samples_per_s" in row]
+        for what, title in (("train", "Training"), ("answer", "Answering"))})

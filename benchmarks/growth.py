@@ -2,6 +2,7 @@
 
     python benchmarks/growth.py             everything
     python benchmarks/growth.py --no-time   memory and operations only, which do not depend on what else the machine does
+    python benchmarks/growth.py --draw      tables and figure again, from the numbers that are there
 
 The model is the embedded one with the settings of configs/coin_mini.py. For a sequence of 1, 2, 4 ... 32 tasks the step of the last stage
 is compiled from shapes. Bytes are the compiler's own plan (arguments and temporaries), operations those of the step's matmuls. Times are
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import io
 import json
 import time
 from collections.abc import Iterator
@@ -23,11 +23,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from shared import RESULTS, ROOT, read
+from shared import write as write_files
 
 from proglora_jax.checkpoints.sources import read_config
 from proglora_jax.continual.compare_figures import line_style
+from proglora_jax.continual.report_figures import png
 from proglora_jax.continual.session import model_folder
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
@@ -41,8 +43,6 @@ from proglora_jax.training.programs import place_backbone, placed
 from proglora_jax.training.settings import Settings, from_config
 from proglora_jax.training.step import make_train_step
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 TASKS, ROWS_OF_TASK = (1, 2, 4, 8, 16, 32), 1600
 ROUNDS = 15
 
@@ -65,7 +65,10 @@ def main() -> None:
     parser.add_argument("--no-time", action="store_true", help="leave the times out")
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=[name for name in NAMES if not METHODS[name].joint])
     parser.add_argument("--tasks", nargs="+", type=int, default=TASKS)
+    parser.add_argument("--draw", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
+    if arguments.draw:
+        return write(**read(RESULTS, "growth"))
     mesh = meshes.make_mesh({"data": 1}, jax.devices()[:1])
     rows: list[dict] = []
     known: dict = {}
@@ -75,7 +78,7 @@ def main() -> None:
             for program in programs(method, count, mesh):
                 rows.append({"method": program.name, "tasks": count} | costs(program, known) | timed(program, baseline, mesh))
                 print(json.dumps(rows[-1]), flush=True)
-    write(rows, arguments)
+    write(rows, {"jax": jax.__version__, "platform": jax.devices()[0].platform})
 
 
 def programs(method: str, count: int, mesh, *overrides: str) -> Iterator[Program]:
@@ -206,19 +209,15 @@ def _wide(ranks: int, mesh) -> Timed:
 # --------------------------------------------------------------------------------------------------------------- results
 
 
-def write(rows: list[dict], arguments) -> None:
+def write(rows: list[dict], versions: dict[str, str]) -> None:
     """Writes the numbers, the tables and the figure."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    versions = {"jax": jax.__version__, "platform": jax.devices()[0].platform}
-    (RESULTS / "growth.json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
     times = all("time_ratio" in row for row in rows)
     quantities = [("held_bytes", "Held beside the backbone, MiB", 2**20), ("argument_bytes", "Arguments that the step reads, MiB", 2**20),
                   ("temporary_bytes", "Temporaries of the step, MiB", 2**20),
                   ("flops", "Operations of matmuls, 10^9", 1e9)]
     quantities += [("time_ratio", "Time of a step, by LoRA's", 1.0),
                    ("same_ranks_ratio", "Time of a step, by that of LoRA with as many ranks", 1.0)] if times else []
-    (RESULTS / "growth.md").write_text("\n".join(_text(rows, quantities, times, versions)) + "\n")
-    (RESULTS / "growth.png").write_bytes(figure(rows, quantities))
+    write_files(RESULTS, "growth", {"versions": versions, "rows": rows}, _text(rows, quantities, times, versions), figure(rows, quantities))
 
 
 def _text(rows: list[dict], quantities, times: bool, versions) -> list[str]:
@@ -261,9 +260,7 @@ def figure(rows: list[dict], quantities) -> bytes:
         panel.spines[["top", "right"]].set_visible(False)
     handles, names = panels[0].get_legend_handles_labels()
     drawn.legend(handles, names, loc="outside right center", frameon=False, fontsize=11, handlelength=3.4)
-    stream = io.BytesIO()
-    FigureCanvasAgg(drawn).print_png(stream, metadata={"Software": None})
-    return stream.getvalue()
+    return png(drawn)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,17 @@
 
     python benchmarks/input.py              both
     python benchmarks/input.py --no-loop    images only; their rate is of CPU time, so other programs disturb it little
+    python benchmarks/input.py --draw       tables and figure again, from the numbers that are there
 
 Images are drawn: smooth colours with noise, which compress like photos (the table says how large they are). The loop is one task of
 configs/coin_mini.py as the main job runs it, once decoding each image anew and once from the cache of decoded images; what counts is the
-time between asking for a batch and having it, from the third step on. Results: benchmarks/results/input.json and input.md.
+time between asking for a batch and having it, from the third step on. Results: benchmarks/results/input.json, .md and .png.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import json
 import os
 import statistics
 import tempfile
@@ -21,13 +21,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from shared import RESULTS, ROOT, Bar, bars, conditions, load_of, read
+from shared import write as write_files
 
 from proglora_jax.data.image_cache import ImageCache
 from proglora_jax.data.image_files import open_rgb, prepare_pixels
 from proglora_jax.data.images import ImageLoader, ImageSpec
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 SIZES = ((640, 480), (1024, 768))
 SKIP = 2
 """Steps of a loop that are not counted: they compile."""
@@ -40,12 +40,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64, help="of each size")
     parser.add_argument("--steps", type=int, default=100, help="of the loop")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--draw", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
+    if arguments.draw:
+        return write(read(arguments.out, "input"), arguments.out)
+    found = conditions()
     with tempfile.TemporaryDirectory() as folder:
         images = [image_rates(Path(folder), size, arguments.images) for size in SIZES]
         caches = () if arguments.no_loop else (0, 256)
         loops = [loop_stall(Path(folder) / f"run_{cache}", Path(folder) / "data", cache, arguments.steps) for cache in caches]
-    write({"images": images, "loops": loops, "cores": len(os.sched_getaffinity(0))}, arguments.out)
+    write(found | {"images": images, "loops": loops}, arguments.out)
 
 
 def draw(folder: Path, size: tuple[int, int], count: int) -> list[str]:
@@ -131,11 +135,10 @@ def stall(asked: list[float], had: list[float]) -> dict[str, float]:
 
 
 def write(found: dict, folder: Path) -> None:
-    """The numbers, and the tables."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "input.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    """The numbers, the tables and the figure."""
     command = f"`python benchmarks/input.py{'' if found['loops'] else ' --no-loop'}`"
-    lines = ["# Input: images and waiting", "", f"{command}, {found['cores']} cores.", "",
+    lines = ["# Input: images and waiting", "", f"{command}, {found['cores']} cores{load_of(found)}.", "",
+             "![Images and waiting](input.png)", "",
              "| JPEG | KB | decode, ms | pad and resize to 336, ms | normalise, ms | images a second and core | images a second |",
              "|---|---:|---:|---:|---:|---:|---:|"]
     lines += [f"| {one['width']}x{one['height']} | {one['file_kb']:.0f} | {one['decode_ms']:.2f} | {one['resize_ms']:.2f} | "
@@ -149,8 +152,15 @@ def write(found: dict, folder: Path) -> None:
                   "|---|---:|---:|---:|---:|"]
         lines += [f"| {'decodes every time' if not one['image_cache_mb'] else 'images cached'} | {one['steps']} | {one['step_ms']:.1f} | "
                   f"{one['wait_ms']:.2f} | {one['stall']:.2%} |" for one in found["loops"]]
-    (folder / "input.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write_files(folder, "input", found, lines, figure(found))
+
+
+def figure(found: dict) -> bytes:
+    """Images a second, and the share of a loop that is waiting."""
+    rates = [Bar(f"{one['width']}x{one['height']}, {name}", one[key]) for one in found["images"]
+             for key, name in (("per_s_and_core", "a core"), ("per_s", f"{found['cores']} cores"))]
+    waits = [Bar("decodes every time" if not one["image_cache_mb"] else "images cached", 100 * one["stall"]) for one in found["loops"]]
+    return bars({"JPEGs to pixels, images a second": rates, "Share of coin_mini's training loop that waits for a batch, %": waits})
 
 
 if __name__ == "__main__":

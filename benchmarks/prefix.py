@@ -2,18 +2,18 @@
 
     python benchmarks/prefix.py              a minute or two on two cores
     python benchmarks/prefix.py --rounds 1   a quick look
+    python benchmarks/prefix.py --draw       tables and figure again, from the numbers that are there
 
 The embedded model answers the questions of one embedded task, of which every three are made to ask about the same image, by both ways in
 turns, in batches of configs/coin_mini.py, images decoded once; what is timed is a whole pass from batches to tokens on the host, and the
 answers must be the same. The second table is counted, not measured: matmuls of the traced programs at the sizes of LLaVA-1.5 7B, plain
-prompts padded to 704 positions. Results: benchmarks/results/prefix.json and prefix.md.
+prompts padded to 704 positions. Results: benchmarks/results/prefix.json, .md and .png.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import statistics
 import tempfile
@@ -23,6 +23,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from shared import BESIDE, RESULTS, ROOT, Bar, bars, read
+from shared import write as write_files
 
 from proglora_jax.continual.session import Session, open_session
 from proglora_jax.core import host
@@ -35,8 +37,6 @@ from proglora_jax.training.config_file import load_config
 from proglora_jax.training.flops import matmul_work
 from proglora_jax.training.settings import from_config
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 TASK, PER_IMAGE, QUESTIONS = "VQAv2", 3, 300
 # At 7B: rows of a batch; positions of a whole prompt, of its beginning (BOS, template, 576 of the image) and of the rest; new tokens.
 ROWS, WHOLE, START, REST, NEW = 32, 704, 611, 64, 10
@@ -50,7 +50,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--questions", type=int, default=QUESTIONS)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--draw", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
+    if arguments.draw:
+        return write(read(arguments.out, "prefix"), arguments.out)
     host.keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(Path(folder), arguments.questions, arguments.rounds)
@@ -133,15 +136,14 @@ def counted(asked: float, images: int) -> dict[str, float]:
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """The numbers, and the tables."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "prefix.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    """The numbers, the tables and the figure."""
     one = found["measured"]
     lines = [
         "# Questions that share images", "",
         f"`python benchmarks/prefix.py`, the embedded model, {one['questions']} questions, {one['per_image']} an image, batches of "
         f"{one['rows']}, {one['cores']} cores; medians of {one['rounds']} rounds in turns. The machine's load was {one['load']:.1f}: "
         f"{'it was idle' if one['load'] <= one['cores'] else 'other programs ran, so the rates are low and their ratio is rough'}.", "",
+        "![Answers a second, and work at 7B](prefix.png)", "",
         "| answers a second, plain | shared | ratio | ratio of CPU time | positions read, ratio |", "|---:|---:|---:|---:|---:|",
         f"| {one['plain_per_s']:.0f} | {one['shared_per_s']:.0f} | {one['ratio']:.2f} | {one['cpu_ratio']:.2f} | "
         f"{one['positions']:.2f} |", "",
@@ -154,8 +156,16 @@ def write(found: dict[str, Any], folder: Path) -> None:
     ]  # fmt: skip
     lines += [f"| {row['per_image']} | {row['images']} | {row['plain_tflop']:.0f} | {row['shared_tflop']:.0f} | {row['prompts']:.2f} | "
               f"{row['all']:.2f} | {row['plain_cache_gb']:.1f} | {row['shared_cache_gb']:.1f} |" for row in found["counted"]]
-    (folder / "prefix.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write_files(folder, "prefix", found, lines, figure(found))
+
+
+def figure(found: dict[str, Any]) -> bytes:
+    """Answers a second of both ways, and the ratio of their work at 7B."""
+    one = found["measured"]
+    rates = [Bar("every prompt by itself", one["plain_per_s"], colour=BESIDE), Bar("beginnings shared", one["shared_per_s"])]
+    work = [Bar(f"{row['per_image']:g} questions an image", row["all"]) for row in found["counted"]]
+    return bars({f"Measured: answers a second, {one['per_image']} questions an image": rates,
+                 "Counted at 7B: operations of plain prompts and answers by shared ones": work})
 
 
 if __name__ == "__main__":

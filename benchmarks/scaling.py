@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 import os
 import subprocess
@@ -298,10 +297,10 @@ def _text(lines: list[Line], gpu: float, origin: str, share: float, counted: dic
 
 def _figure(lines: list[Line]) -> bytes:
     """Efficiency with nothing hidden against the number of chips, a line per system, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from proglora_jax.continual.compare_figures import line_style
+    from proglora_jax.continual.report_figures import png
 
     drawn = Figure(figsize=(8.5, 4), dpi=110, layout="constrained")
     panel = drawn.subplots()
@@ -315,9 +314,7 @@ def _figure(lines: list[Line]) -> bytes:
     panel.set_ylim(0, 102)
     panel.spines[["top", "right"]].set_visible(False)
     drawn.legend(*panel.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
-    stream = io.BytesIO()
-    FigureCanvasAgg(drawn).print_png(stream, metadata={"Software": None})
-    return stream.getvalue()
+    return png(drawn)
 
 
 if __name__ == "__main__":

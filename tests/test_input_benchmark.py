@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="module")
-def inputs():
+def inputs(load_benchmark):
     """benchmarks/input.py as a module."""
-    spec = importlib.util.spec_from_file_location("input_benchmark", Path(__file__).parents[1] / "benchmarks" / "input.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("input")
 
 
 def test_images_are_like_photos_and_rates_are_positive(inputs, tmp_path):

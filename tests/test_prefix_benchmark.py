@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 
 @pytest.fixture(scope="module")
-def prefix():
+def prefix(load_benchmark):
     """benchmarks/prefix.py as a module."""
-    spec = importlib.util.spec_from_file_location("prefix_benchmark", Path(__file__).parents[1] / "benchmarks" / "prefix.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("prefix")
 
 
 def test_work_at_7b_follows_the_positions(prefix):

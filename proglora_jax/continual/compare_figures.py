@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from proglora_jax.continual.report_figures import png
 from proglora_jax.evaluation.sequence import mean, standard_deviation
 
 _INK, _GREY, _RULE, _DPI = "#1b1f24", "#66707b", "#dfe3e8", 130
@@ -57,9 +57,7 @@ def step_curves(curves: Mapping[str, Sequence[Sequence[float]]], levels: Mapping
     axes.set_xlabel("stages finished, and the task that was trained", fontsize=11, color=_GREY)
     axes.set_ylabel("mean accuracy of the tasks so far (%)", fontsize=11, color=_GREY)
     figure.suptitle(title, fontsize=13, color=_INK, x=0.01, ha="left")
-    stream = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})
-    return stream.getvalue()
+    return png(figure)
 
 
 def line_style(order: int) -> dict[str, object]:

@@ -96,7 +96,7 @@ def accuracy_curves(tasks: Sequence[str], scoring: Mapping[str, Cells], title: s
     figure.suptitle(title, fontsize=13, color=_INK, x=0.01, ha="left")
     figure.supxlabel("stages finished", fontsize=12, color=_INK)
     figure.supylabel("accuracy (%)", fontsize=12, color=_INK)
-    return _png(figure)
+    return png(figure)
 
 
 def _curve(panel: Axes, mode: str, stages: Sequence[int], values: Sequence[float], labelled: bool) -> None:
@@ -167,7 +167,7 @@ def _heat_map(
     axes.annotate(row_title, (0, 1), (-4, 5), xycoords="axes fraction", textcoords="offset points", ha="right", fontsize=12, color=_GREY)
     axes.spines[:].set_visible(False)
     figure.suptitle(title, fontsize=13, color=_INK, x=0.01, ha="left")
-    return _png(figure)
+    return png(figure)
 
 
 def _literal(text: str) -> str:
@@ -175,8 +175,8 @@ def _literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _png(figure: Figure) -> bytes:
-    """The figure as PNG bytes, without the program's version in them."""
+def png(figure: Figure) -> bytes:
+    """A figure as PNG bytes, without the program's version in them."""
     stream = io.BytesIO()
     FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})
     return stream.getvalue()
