@@ -2,11 +2,14 @@
 
     python benchmarks/cpu_torch.py                  everything, minutes on two cores
     python benchmarks/cpu_torch.py --rounds 3       a quick look
+    python benchmarks/cpu_torch.py --threads 1      on one core
+    python benchmarks/cpu_torch.py --draw           tables and figure again, from the numbers that are there
 
 A random LLaVA is made by transformers, written to a folder and read by both. What is timed is first shown to be the same thing: the
 losses of the first steps, and the tokens generated. Then both sides take turns, a few steps each; the result is the median over rounds
-of torch's time by ours. PEFT with several active adapters is torch's loop over blocks: it has no gates. Results:
-benchmarks/results/cpu_torch.json and cpu_torch.md. Needs the extra "test".
+of torch's time by ours. PEFT with several active adapters is torch's loop over blocks: it has no gates. Then our sides among themselves:
+one block, a pool of eight, and the same eight in a loop. The process is kept to its cores, a thread a core on both sides. Results:
+benchmarks/results/cpu_torch.json, .md and .png. Needs the extra "test".
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -28,8 +32,10 @@ import numpy as np
 import peft
 import torch
 import transformers
+from shared import OURS, RESULTS, ROOT, THEIRS, Bar, bars, conditions, hold, in_turns, load_of, ratio, read
+from shared import write as write_files
 from sides import peers
-from sides.ours import DEVIATION, Ours
+from sides.ours import DEVIATION, Ours, with_loop
 from sides.rows import random_batch
 
 from proglora_jax.checkpoints.hf_import import load_llava
@@ -38,8 +44,6 @@ from proglora_jax.models.llava import Llava
 from proglora_jax.training.config_file import load_config
 from proglora_jax.training.settings import Settings, from_config
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 # Name -> (our method, its fields, blocks, remat).
 CASES = {
     "one LoRA": ("lora", {}, 1, "none"),
@@ -49,6 +53,11 @@ CASES = {
     "pool of 8, ProgLoRA's gates and recall": ("proglora_dynamic", {"proj_width": 64}, 8, "none"),
 }
 SAME_FUNCTION = ("lora", "olora")
+# Our sides that take turns with one another: name -> (case, whether its blocks are in a loop); and what is compared with what.
+ALONE = {"one LoRA": ("one LoRA", False), "pool of 8, summed": ("pool of 8, summed", False),
+         "pool of 8": ("pool of 8, ProgLoRA's gates and recall", False),
+         "loop over 8 blocks": ("pool of 8, ProgLoRA's gates and recall", True)}
+PAIRS = (("pool of 8, summed", "one LoRA"), ("pool of 8", "one LoRA"), ("loop over 8 blocks", "pool of 8"))
 RANK, ALPHA, RATE = 16, 32.0, 1e-3
 IMAGE_ID, LABELS = 3, 8  # the image's id; supervised tokens a row
 
@@ -78,11 +87,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=6, help="steps of a turn")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--threads", type=int, default=0, help="and as many cores; 0: all that the process may use")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
+    parser.add_argument("--draw", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
+    if arguments.draw:
+        return write(read(arguments.out, "cpu_torch"), arguments.out)
+    found = conditions()
     host.keep_freed_memory()  # as the main job does
-    threads = len(os.sched_getaffinity(0))
+    jax.config.update("jax_platforms", "cpu")
+    threads = hold(arguments.threads)  # XLA makes its threads with the first program, and as many
     torch.set_num_threads(threads)
     shape = Shape(layers=2, width=32, inner=48, heads=2, vocabulary=128, positions=80, new_tokens=3) if arguments.tiny else Shape()
     rows = []
@@ -91,7 +106,10 @@ def main() -> None:
         for name in arguments.cases:
             rows += compare(name, shape, folder, arguments.rounds, arguments.steps)
             print(json.dumps(rows[-2:]), flush=True)
-    write(rows, shape, threads, arguments.out)
+        alone = compare_ours(shape, folder, arguments.rounds, arguments.steps)
+    versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    write(found | {"shape": dataclasses.asdict(shape), "rank": RANK, "threads": threads, "versions": versions, "rows": rows,
+                   "ours_alone": alone}, arguments.out)
 
 
 def save_random(shape: Shape, folder: str) -> None:
@@ -189,7 +207,7 @@ def compare(name: str, shape: Shape, folder: str, rounds: int, steps: int) -> li
     if same and not np.allclose(first, theirs, rtol=1e-5, atol=0):
         raise RuntimeError(f"{name}: the two sides do not train the same: losses {first} here, {theirs} in torch")
     rows = [{"case": name, "what": "training step", "losses": [first, theirs], "compile_s": compiled}
-            | in_turns(ours.train, other.train, rounds, steps)]
+            | both_sides(ours.train, other.train, rounds, steps)]
     if remat == "none":
         ours.side.start()
         restored = There(shape, folder, ours, blocks, remat)
@@ -197,46 +215,79 @@ def compare(name: str, shape: Shape, folder: str, rounds: int, steps: int) -> li
         if same and agree < 1:
             raise RuntimeError(f"{name}: the two sides answer differently: {agree:.0%} of the tokens agree")
         rows.append({"case": name, "what": f"generation of {shape.new_tokens} tokens", "tokens_agree": agree}
-                    | in_turns(ours.generate, restored.generate, rounds, max(1, steps // 3)))
+                    | both_sides(ours.generate, restored.generate, rounds, max(1, steps // 3)))
     return rows
 
 
-def in_turns(ours: Callable, theirs: Callable, rounds: int, steps: int) -> dict[str, float]:
+def both_sides(ours: Callable, theirs: Callable, rounds: int, steps: int) -> dict[str, float]:
     """Median milliseconds of a call, and the median over rounds of torch's time by ours."""
-    sides: tuple[list[float], list[float]] = [], []
-    for turn in range(rounds + 1):
-        for side, function in sorted(enumerate((ours, theirs)), key=lambda pair: (pair[0] + turn) % 2):
-            function()  # wakes its threads
-            began = time.perf_counter()
-            for _ in range(steps):
-                function()
-            if turn:
-                sides[side].append((time.perf_counter() - began) / steps * 1e3)
-    ratios = sorted(b / a for a, b in zip(*sides, strict=True))
-    return {"ours_ms": statistics.median(sides[0]), "torch_ms": statistics.median(sides[1]), "ratio": statistics.median(ratios),
-            "lowest": ratios[0], "highest": ratios[-1], "rounds": rounds}
+    seconds = in_turns({"ours": ours, "torch": theirs}, rounds, steps)
+    return {f"{name}_ms": 1e3 * statistics.median(own) for name, own in seconds.items()} | ratio(seconds["torch"], seconds["ours"]) | {
+        "rounds": rounds}
 
 
-def write(rows: list[dict], shape: Shape, threads: int, folder: Path) -> None:
-    """The numbers, and the table."""
-    versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"shape": dataclasses.asdict(shape), "rank": RANK, "threads": threads, "versions": versions, "rows": rows}
-    (folder / "cpu_torch.json").write_text(json.dumps(content, indent=1) + "\n")
+def compare_ours(shape: Shape, folder: str, rounds: int, steps: int) -> list[dict]:
+    """The rows of our sides among themselves: a training step and a generation, all in turns."""
+    llava, sides = load_llava(folder, np.float32), {}
+    for name, (case, loop) in ALONE.items():
+        method, fields, blocks, remat = CASES[case]
+        settings = settings_of(method, fields, remat)
+        sides[name] = Here(shape, llava, with_loop(settings) if loop else settings, blocks)
+    first = {name: [side.train() for _ in range(3)] for name, side in sides.items()}
+    if not np.allclose(first["pool of 8"], first["loop over 8 blocks"], rtol=1e-5, atol=0):
+        raise RuntimeError(f"the loop over blocks does not train as the pool does: losses {first}")
+    rows = []
+    for what, calls, turn in (("training step", {name: side.train for name, side in sides.items()}, steps),
+                              (f"generation of {shape.new_tokens} tokens", {name: side.generate for name, side in sides.items()},
+                               max(1, steps // 3))):
+        seconds = in_turns(calls, rounds, turn)
+        medians = {name: 1e3 * statistics.median(own) for name, own in seconds.items()}
+        rows += [{"what": what, "above": above, "below": below, "above_ms": medians[above], "below_ms": medians[below]}
+                 | ratio(seconds[above], seconds[below]) for above, below in PAIRS]
+    return rows
+
+
+def write(found: Mapping[str, Any], folder: Path) -> None:
+    """The numbers, the tables and the figure."""
+    shape, threads, rows, alone = Shape(**found["shape"]), found["threads"], found["rows"], found.get("ours_alone", [])
+    span = lambda row: f"{row['ratio']:.2f} ({row['lowest']:.2f}-{row['highest']:.2f})"
     lines = [
-        "# Training step and generation against transformers and PEFT in torch, CPU", "", "`python benchmarks/cpu_torch.py`", "",
+        "# Training step and generation against transformers and PEFT in torch, CPU", "",
+        f"`python benchmarks/cpu_torch.py{'' if threads == found.get('cores', threads) else f' --threads {threads}'}`", "",
         f"A random LLaVA in float32 ({shape.layers} layers of width {shape.width}, {shape.heads} heads, inner width {shape.inner}, "
         f"vocabulary {shape.vocabulary}; a CLIP tower of 3 layers of width 128), {shape.rows} rows of {shape.positions} positions of which "
-        f"{shape.image_tokens} are an image, rank {RANK} on all seven linears, projector trained, AdamW; {threads} threads on both sides. "
-        "Ratio: torch's time by ours, median over rounds in which both took turns (lowest and highest round in brackets). Torch runs eager "
-        "with SDPA attention; remat is gradient checkpointing of every layer.", "",
-        "| case | what | ours, ms | torch, ms | torch / ours |", "|---|---|---|---|---|",
-        *(f"| {row['case']} | {row['what']} | {row['ours_ms']:.1f} | {row['torch_ms']:.1f} | "
-          f"{row['ratio']:.2f} ({row['lowest']:.2f}-{row['highest']:.2f}) |" for row in rows),
-        "", ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
+        f"{shape.image_tokens} are an image, rank {found['rank']} on all seven linears, projector trained, AdamW; threads on each side: "
+        f"{threads}{load_of(found)}. Ratio: torch's time by ours, median over rounds in which both took turns (lowest and highest round in "
+        "brackets). Torch runs eager with SDPA attention; remat is gradient checkpointing of every layer. Compile: what our side takes "
+        "before its first training step, compiling and placing weights.", "",
+        "![Ratios](cpu_torch.png)", "",
+        "| case | what | ours, ms | torch, ms | torch / ours | compile, s |", "|---|---|---:|---:|---:|---:|",
+        *(f"| {row['case']} | {row['what']} | {row['ours_ms']:.1f} | {row['torch_ms']:.1f} | {span(row)} | "
+          f"{format(row['compile_s'], '.1f') if 'compile_s' in row else ''} |" for row in rows),
+        "",
     ]  # fmt: skip
-    (folder / "cpu_torch.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    if alone:
+        lines += [
+            "## Our sides among themselves", "",
+            "All in turns; what is not called summed has ProgLoRA's gates and recall. The loop has a pair of matmuls for each block, as "
+            "the published code; its losses are the pool's.", "",
+            "| what | | ms | by | ms | ratio |", "|---|---|---:|---|---:|---:|",
+            *(f"| {row['what']} | {row['above']} | {row['above_ms']:.1f} | {row['below']} | {row['below_ms']:.1f} | {span(row)} |"
+              for row in alone), "",
+        ]  # fmt: skip
+    lines += [", ".join(f"{name} {version}" for name, version in found["versions"].items()) + "."]
+    write_files(folder, "cpu_torch", found, lines, figure(rows, alone))
+
+
+def figure(rows: list[dict], alone: list[dict]) -> bytes:
+    """The ratios, with their lowest and highest round."""
+    bar = lambda row, name, colour: Bar(name, row["ratio"], row["lowest"], row["highest"], colour)
+    short = lambda row: row["what"].replace("training step", "training").replace(" of", ",")
+    return bars({
+        "Torch's time by ours (line: lowest to highest round)": [bar(row, f"{row['case']}: {short(row)}", OURS) for row in rows],
+        "Our sides among themselves, time by time": [
+            bar(row, f"{row['above']} by {row['below']}: {short(row)}", THEIRS if "loop" in row["above"] else OURS) for row in alone],
+    }, mark=1.0)  # fmt: skip
 
 
 if __name__ == "__main__":

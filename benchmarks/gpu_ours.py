@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import gc
 import time
 from pathlib import Path
@@ -53,8 +52,7 @@ def settings_of(case: Case, sizes: Sizes) -> Settings:
     model = {"dtype": sizes.dtype, "param_dtype": sizes.dtype, "attention": case.attention, "remat": case.remat, "unroll": case.unroll}
     settings = from_config({"method": method, "model": model, "data": {"root": "unused"}, "train": {"loss_norm": "global_token_mean"}})
     if case.pool == "loop":
-        fields = {field.name: getattr(settings.method, field.name) for field in dataclasses.fields(settings.method)}
-        settings = dataclasses.replace(settings, method=ours.LoopedProgLoRA(**fields))
+        settings = ours.with_loop(settings)
     return choose_attention(choose_unroll(settings, jax.default_backend(), {}), jax.default_backend())[0]
 
 

@@ -144,6 +144,12 @@ class LoopedProgLoRA(ProgLoRADynamic):
         return dataclasses.replace(super().adapter(params, gates, None), delta=looped)
 
 
+def with_loop(settings: Settings) -> Settings:
+    """The settings of ProgLoRA (dynamic) with the loop over blocks."""
+    fields = {field.name: getattr(settings.method, field.name) for field in dataclasses.fields(settings.method)}
+    return dataclasses.replace(settings, method=LoopedProgLoRA(**fields))
+
+
 def looped_delta(name, leaves, context, gates, x, *, scale: float, rank: int) -> jax.Array:
     """Of one linear: sum over blocks of scale * gate * (x A) B in x's dtype; frozen blocks get no gradient."""
     del name, context
@@ -159,4 +165,4 @@ def _block(x: jax.Array, a: jax.Array, b: jax.Array, gate: jax.Array, scale: flo
     return (x @ a.astype(x.dtype)) @ b.astype(x.dtype) * (gate[..., :1] * scale).astype(x.dtype)
 
 
-__all__ = ["DEVIATION", "LoopedProgLoRA", "Ours", "device_llava", "device_normal", "looped_delta"]
+__all__ = ["DEVIATION", "LoopedProgLoRA", "Ours", "device_llava", "device_normal", "looped_delta", "with_loop"]
