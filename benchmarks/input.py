@@ -143,9 +143,8 @@ def write(found: dict, folder: Path) -> None:
              "|---|---:|---:|---:|---:|---:|---:|"]
     lines += [f"| {one['width']}x{one['height']} | {one['file_kb']:.0f} | {one['decode_ms']:.2f} | {one['resize_ms']:.2f} | "
               f"{one['normalise_ms']:.2f} | {one['per_s_and_core']:.0f} | {one['per_s']:.0f} |" for one in found["images"]]
-    one, stored = found["images"][0], found["images"][0]["folder"]
     lines += [f"| from the cache folder | {stored['file_kb']:.0f} | – | – | {one['normalise_ms']:.2f} | {stored['per_s_and_core']:.0f} | "
-              f"{stored['per_s']:.0f} |"]
+              f"{stored['per_s']:.0f} |" for one, stored in from_folder(found)]
     lines += ["", "Milliseconds are of CPU time, medians; the rate a core is of CPU time, with a thread on each core."]
     if found["loops"]:
         lines += ["", "| training loop of coin_mini | steps | step, ms | median wait, ms | share of the time that is waiting |",
@@ -155,12 +154,19 @@ def write(found: dict, folder: Path) -> None:
     write_files(folder, "input", found, lines, figure(found))
 
 
+def from_folder(found: dict) -> list[tuple[dict, dict]]:
+    """The first size with its rates from the cache folder, where all images are alike; [] where earlier numbers have none."""
+    return [(one, one["folder"]) for one in found["images"][:1] if "folder" in one]
+
+
 def figure(found: dict) -> bytes:
     """Images a second, and the share of a loop that is waiting."""
-    rates = [Bar(f"{one['width']}x{one['height']}, {name}", one[key]) for one in found["images"]
+    sources = [(f"{one['width']}x{one['height']}", one) for one in found["images"]]
+    sources += [("from the cache folder", stored) for _, stored in from_folder(found)]
+    rates = [Bar(f"{source}, {name}", one[key]) for source, one in sources
              for key, name in (("per_s_and_core", "a core"), ("per_s", f"{found['cores']} cores"))]
     waits = [Bar("decodes every time" if not one["image_cache_mb"] else "images cached", 100 * one["stall"]) for one in found["loops"]]
-    return bars({"JPEGs to pixels, images a second": rates, "Share of coin_mini's training loop that waits for a batch, %": waits})
+    return bars({"Files to pixels, images a second": rates, "Share of coin_mini's training loop that waits for a batch, %": waits})
 
 
 if __name__ == "__main__":
