@@ -39,7 +39,7 @@ TITLES = {
 
 
 def command(name: str) -> list[str]:
-    """The command of one of SLICES: ProgLoRA (dynamic), eight blocks of rank 16, the main bucket of 704 positions."""
+    """The command of one of SLICES: ProgLoRA (dynamic), eight blocks of rank 16, the bucket of 704 positions."""
     topology, data, fsdp, parts, remat = SLICES[kind_of(name)][name]
     return [
         "python", "-m", "proglora_jax.tools", "compile", "--topology", topology,

@@ -54,6 +54,10 @@ METHODS = {
     },
 }
 
+# Padded lengths with label slots, and of prompts; as proglora_jax/data/plan.py has them, where it says why these.
+_BUCKETS = ((320, 64), (672, 64), (704, 128), (768, 128), (832, 256), (960, 256), (1280, 512), (1536, 1024), (2048, 2048))
+_PROMPT_LENGTHS = (256, 640, 704, 1024, 2048)
+
 # Every field of every section but the method, with the values for the 7B model on the real benchmark.
 SECTIONS = {
     "model": {
@@ -62,8 +66,7 @@ SECTIONS = {
     },
     "data": {
         "benchmark": "coin", "root": "", "tasks": "coin", "instruction_set": "Original", "template": "vicuna_v1",
-        "tokenizer_legacy": True, "max_length": 2048,
-        "max_labels": 0, "buckets": ((704, 128), (1024, 512), (1536, 1024), (2048, 2048)), "train_examples": 0,
+        "tokenizer_legacy": True, "max_length": 2048, "max_labels": 0, "buckets": _BUCKETS, "train_examples": 0,
         "embedded_train_size": 1600, "embedded_test_size": 200, "embedded_seed": 0, "grouping": "modality_length", "remainder": "drop",
         "on_bad_record": "stop", "on_bad_image": "raise", "on_unsupervised": "drop", "empty_answer": "drop",
         "threads": 0, "image_cache_mb": 0, "image_cache_dir": "",
@@ -76,7 +79,7 @@ SECTIONS = {
         "grad_clip": 0.0, "loss_norm": "micro_batch_mean", "loss_group_size": 8, "loss_groups": 0,
     },
     "evaluate": {
-        "batch_size": 32, "max_new_tokens": 0, "first_new_tokens": 128, "prompt_lengths": (704, 1024, 2048), "image_mode": "coin",
+        "batch_size": 32, "max_new_tokens": 0, "first_new_tokens": 128, "prompt_lengths": _PROMPT_LENGTHS, "image_mode": "coin",
         "also_image_mode": "", "share_prefix": "auto", "subset_size": 0, "subset_except": (), "subset_seed": 0,
         "imagenet_empty_ok": True, "grounding_truncate": True,
         "scienceqa_rule": "coin", "grounding_rule": "coin",

@@ -24,6 +24,7 @@ from proglora_jax.continual.session import check_preset, model_folder
 from proglora_jax.core import mesh as meshes
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.instruction_sets import REDUCED, find_set
+from proglora_jax.data.plan import main_bucket
 from proglora_jax.models.presets import PRESETS, LlavaConfig
 from proglora_jax.training import memory, roofline, shapes
 from proglora_jax.training.attention_choice import choose_attention
@@ -46,7 +47,7 @@ class Machine:
         utilization: share of the peak that is assumed.
         step_seconds: measured seconds of a training step over all devices, for hours by measurement; 0 gives none.
         step_rows: rows of the measured step; 0 means config.train.batch_size.
-        positions: mean positions per row; 0 takes the smallest bucket.
+        positions: mean positions per row, padding included; 0 takes the main bucket.
     """
 
     devices: int = 0
@@ -114,7 +115,7 @@ def diagnose(config: Mapping[str, Mapping[str, Any]], machine: Machine | None = 
     plan = MemoryPlan.of(settings, llava, stages, mesh, 1e9 * machine.memory_gb or float(device_limit()))
     sections = [
         _environment(count, mesh, source, found),
-        _plan(plan.settled(settings.data.buckets[0]), stages, machine, mesh, llava),
+        _plan(plan.settled(plan.main_bucket), stages, machine, mesh, llava),
         f"Parameters in the last stage, {last.info.name} with {settings.method.name}\n"
         + shapes.describe_parameters(settings.method, last, llava.to_tree()),
         plan.text(),
@@ -181,7 +182,7 @@ def _environment(count: int, mesh: Any, source: str, found: str) -> str:
 
 def _plan(settings: Settings, stages: list[PlannedStage], machine: Machine, mesh: Any, llava: Any) -> str:
     """The table of stages, and how long they take."""
-    positions = machine.positions or settings.data.buckets[0][0]
+    positions = machine.positions or main_bucket(settings.data.buckets, llava.config.image_tokens)[0]
     train_seconds, ask_second, how = _speeds(settings, stages, machine, mesh, llava, positions)
     rows = []
     for stage, train in zip(stages, train_seconds):
@@ -222,7 +223,8 @@ def _speeds(settings: Settings, stages, machine: Machine, mesh: Any, llava: Any,
 
 def _work(settings: Settings, llava: Any, positions: int, phase: shapes.StageShapes) -> roofline.Work:
     """Work of a row in a phase."""
-    cost, labels = settings.method.cost(phase.state.params, phase.info, phase.phase), settings.data.buckets[0][1]
+    cost = settings.method.cost(phase.state.params, phase.info, phase.phase)
+    labels = next((bucket for bucket in settings.data.buckets if bucket[0] >= positions), settings.data.buckets[-1])[1]
     return roofline.training_work(llava.config, llava.targets(), positions, labels, settings.model.remat, cost, settings.model.attention)
 
 

@@ -12,6 +12,7 @@ from proglora_jax.continual.report_page import Table
 from proglora_jax.core import tree as trees
 from proglora_jax.core.mesh import abstract_mesh, batch_ways
 from proglora_jax.data import image_groups
+from proglora_jax.data.plan import main_bucket
 from proglora_jax.data.tasks import TASKS
 from proglora_jax.models.llava import Llava
 from proglora_jax.training import memory
@@ -65,6 +66,11 @@ class MemoryPlan:
     def rows(self, phase: PlannedPhase) -> int:
         """Rows of a phase that a device computes at once."""
         return -(-phase.batch // (self.settings.train.micro_batches * batch_ways(self.mesh)))
+
+    @property
+    def main_bucket(self) -> tuple[int, int]:
+        """The bucket that figures for one length are given for."""
+        return main_bucket(self.settings.data.buckets, self.llava.config.image_tokens)
 
     @property
     def usable(self) -> float:
@@ -136,7 +142,7 @@ class MemoryPlan:
         blocks = []
         if self.batches:
             columns = [self.training(bucket) for bucket in self.settings.data.buckets]
-            head = tuple(f"{positions} positions" for positions, _ in self.settings.data.buckets)
+            head = tuple(str(positions) for positions, _ in self.settings.data.buckets)
             blocks.append(f"Memory of a device while training, GB, {self._heaviest_named()} (estimated)")
             blocks.append(_columns(head, columns))
             if self.settings.model.remat == "auto":
@@ -147,7 +153,7 @@ class MemoryPlan:
         evaluate = self.settings.evaluate
         blocks.append(f"Memory of a device while answering, GB, {evaluate.batch_size} questions over {batch_ways(self.mesh)} device(s), "
                       f"{self._room()} (estimated)")
-        blocks.append(_columns((f"{max(evaluate.prompt_lengths)} positions",), [self.answering()]))
+        blocks.append(_columns((str(max(evaluate.prompt_lengths)),), [self.answering()]))
         if self.limit:
             blocks.append(f"a device has {self.limit / 1e9:.1f} GB, of which {self.usable / 1e9:.1f} can be planned with")
         return "\n".join(blocks)
@@ -163,8 +169,8 @@ class MemoryPlan:
         return ", ".join(f"{name} at {', '.join(lengths)} positions" if len(found) > 1 else name for name, lengths in found.items())
 
     def _capacities(self) -> str:
-        """Rows that fit at once on common devices, for the smallest bucket."""
-        bucket = self.settings.data.buckets[0]
+        """Rows that fit at once on common devices, for the main bucket."""
+        bucket = self.main_bucket
         cells = [f"{size} GB: {most_rows(self, bucket, 1e9 * size)}" for size in SIZES_GB]
         return f"rows that fit at once at {bucket[0]} positions, by the device's memory: {', '.join(cells)}"
 
@@ -200,8 +206,9 @@ class MemoryPlan:
         return f"{needed}, and no setting known here makes it fit: take devices with more memory, or more of them"
 
     def _fitting_change(self) -> MemoryPlan | None:
-        """The cheapest change that fits: more parts, more recomputing, a split backbone; cutting long rows comes last, it loses data."""
-        for buckets in range(len(self.settings.data.buckets), 0, -1):
+        """The cheapest change that fits: more parts, more recomputing, a split backbone; last, as it loses data, shorter rows."""
+        least = self.settings.data.buckets.index(self.main_bucket)
+        for buckets in range(len(self.settings.data.buckets), least, -1):
             for mesh in self._meshes():
                 for policy in _from(self.settings.model.remat):
                     for parts in self._parts(batch_ways(mesh)):
@@ -297,12 +304,12 @@ def _flags(before: MemoryPlan, after: MemoryPlan) -> str:
 
 
 def _columns(head: tuple[str, ...], columns: list[list[Part]]) -> str:
-    """Parts as lines, one column per shape, with the sum below."""
+    """Parts as lines, one column per padded length, with the sum below."""
     differ = len({part.name for column in columns for part in column}) > len(columns[0])  # policies, one for each bucket
     names = [part.name.partition(", remat")[0] if differ else part.name for part in columns[0]]
     rows = [(name, *(f"{column[i].bytes / 1e9:.2f}" for column in columns)) for i, name in enumerate(names)]
     rows.append(("all", *(f"{memory.total(column) / 1e9:.2f}" for column in columns)))
-    table = Table(("", *head), tuple(rows))
+    table = Table(("positions of a row", *head), tuple(rows))
     widths = [max(len(line[i]) for line in (table.head, *table.rows)) for i in range(len(table.head))]
     align = lambda line: (cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))
     return "\n".join("  ".join(align(line)).rstrip() for line in (table.head, *table.rows))

@@ -78,7 +78,8 @@ def stage_data(
     # There may be fewer replayed rows than their share of one batch: they come again as often as needed.
     second = _plan(session, rows, numbers[len(own) :], part, seed, len(first), epochs, remainder="wrap")
     joined = np.concatenate([first.rows, second.rows], axis=1)
-    plan = dataclasses.replace(first, rows=joined, bucket=np.maximum(first.bucket, second.bucket))
+    plan = dataclasses.replace(
+        first, rows=joined, bucket=np.maximum(first.bucket, second.bucket), positions=first.positions + second.positions)
     return StageData(rows, len(own), plan, separate=True)
 
 

@@ -13,12 +13,14 @@ The beginning of a prompt, up to its last image position, is the same for all qu
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from proglora_jax.data.batch import IMAGE, PREFIX_FIELDS, QUESTION_FIELDS, Batch, BatchRow, collate
+from proglora_jax.data.padding import Padding
 from proglora_jax.data.pipeline import EvalBatches
 
 WORTH = 1.25
@@ -150,6 +152,15 @@ class GroupedBatches(EvalBatches):
         if not self._lanes_of(n):
             return self._rest.blank(self._behind(n))
         return {name: np.zeros_like(value) for name, value in self._collated(n, load=False).items()}
+
+    def padding(self) -> Padding:
+        """What is padding of the beginnings (places without an image count), of what follows them, and of the plain batches."""
+        rows, pictured = self._batch_size // self._ways, [number for lane in self.lanes for number, _ in lane.rows]
+        asked = sum(len(self._encoded[number].tokens) - self._start for number in pictured)
+        positions = asked + self._start * sum(len(lane.images) for lane in self.lanes)
+        tops = (self._start + self._top(self._lanes_of(n)) for n in range(-(-len(self.lanes) // self._ways)))
+        shared = Padding.of(positions, tops, 0)
+        return dataclasses.replace(shared, padded_positions=self._positions(list(self.lanes), rows, self.images)) + self._rest.padding()
 
     def _lanes_of(self, n: int) -> tuple[Lane, ...]:
         """The lanes of batch n, all processes together; () for a batch of questions without images."""

@@ -17,6 +17,7 @@ import numpy as np
 from proglora_jax.data.batch import Batch, BatchRow, collate
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.images import ImageLoader
+from proglora_jax.data.padding import Padding
 from proglora_jax.data.plan import BatchPlan, row_buckets, suggest_buckets
 from proglora_jax.data.rows import EncodedRows
 from proglora_jax.data.schema import Question
@@ -215,14 +216,14 @@ class EvalBatches:
         filled = np.concatenate([members, np.full(self._batch_size - len(members), members[0])])
         valid = np.arange(self._batch_size) < len(members)
         rows = [self._row(int(i), bool(v)) for i, v in zip(filled[self._share], valid[self._share])]
-        positions = self._lengths[self._bucket[members].max()]
+        positions = self._padded_length(members)
         side = self._loader.spec.size
         return collate(rows, (positions, 0), self._encoder.tokenizer.pad_id, (side, side))
 
     def blank(self, n: int) -> Batch:
         """A batch of the shapes of batch n without content: no row is valid."""
         members = self._order[n * self._batch_size : (n + 1) * self._batch_size]
-        return _blank(self._share, (self._lengths[self._bucket[members].max()], 0), self._loader.spec.size)
+        return _blank(self._share, (self._padded_length(members), 0), self._loader.spec.size)
 
     def batches(self, start: int = 0, threads: int = 2) -> Iterator[Batch]:
         """Batches start, start + 1, ..., prepared ahead by threads (0: when asked)."""
@@ -230,6 +231,14 @@ class EvalBatches:
             raise UserError(f"evaluation cannot resume at batch {start}: there are {len(self)}; delete the partial results of this task")
         dataset = grain.MapDataset.source(range(start, len(self))).map(self.batch)
         return iter(dataset.to_iter_dataset(_read_options(threads))) if start < len(self) else iter(())
+
+    def padding(self) -> Padding:
+        """What of the prompts' batches is padding, fillers included."""
+        sizes = sum(len(self._encoded[number].tokens) for number in self._order)
+        return Padding.of(sizes, (self._padded_length(self.members(n)) for n in range(len(self))), self._batch_size)
+
+    def _padded_length(self, members: Sequence[int]) -> int:
+        return self._lengths[self._bucket[members].max()]
 
     def truncated(self) -> list[str]:
         """Ids of questions that were cut to fit."""

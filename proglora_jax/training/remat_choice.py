@@ -80,10 +80,16 @@ def choose_remat(
 
 
 def in_words(remat: Remat) -> str:
-    """"qkvo", or "none at 704, full at 2048 positions"."""
+    """"qkvo", or "none at 320 to 704, full at 2048 positions"."""
     if isinstance(remat, str):
         return remat
-    return f"{', '.join(f'{policy} at {positions}' for positions, policy in remat.items())} positions"
+    runs: list[tuple[str, list[int]]] = []
+    for positions, policy in remat.items():
+        if not runs or runs[-1][0] != policy:
+            runs.append((policy, []))
+        runs[-1][1].append(positions)
+    spans = (f"{policy} at {' to '.join(map(str, dict.fromkeys((lengths[0], lengths[-1]))))}" for policy, lengths in runs)
+    return f"{', '.join(spans)} positions"
 
 
 def planning_limit(allowed: int) -> int:

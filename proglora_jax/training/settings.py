@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.plan import BUCKETS, PROMPT_LENGTHS
 from proglora_jax.methods.base import Method
 from proglora_jax.methods.registry import method_class
 from proglora_jax.training.settings_check import check_settings
@@ -59,7 +60,7 @@ class DataSettings:
         tokenizer_legacy: True starts every later turn of a conversation like a fresh text, which CoIN trained with; False glues it to the
             end of the turn before, as today's tokenizers do.
         max_length: positions per record, image included; longer ones lose their end.
-        buckets: ((positions, label slots), ...) in growing order; a record goes to the first that holds it.
+        buckets: ((positions, label slots), ...) in growing order; a batch is padded to the first that holds it; each one used is a compile.
         train_examples: examples per task, chosen by a stable hash; 0 takes all.
         embedded_train_size: examples per task that the embedded benchmark draws.
         embedded_test_size: questions per task that the embedded benchmark draws.
@@ -86,7 +87,7 @@ class DataSettings:
     template: str = "vicuna_v1"
     tokenizer_legacy: bool = True
     max_length: int = 2048
-    buckets: tuple = ((704, 128), (1024, 512), (1536, 1024), (2048, 2048))
+    buckets: tuple = BUCKETS
     train_examples: int = 0
     embedded_train_size: int = 1600
     embedded_test_size: int = 200
@@ -161,7 +162,7 @@ class EvalSettings:
         first_new_tokens: room for an answer when a question is first asked. Longer answers are asked for again, a quarter of a batch at
             once, with the whole cap: keys and values of 1,024 tokens that nearly no answer has would take more memory than the prompts'.
             0 asks with the cap at once. The answers are the same.
-        prompt_lengths: prompt positions that batches are padded to, image included, in growing order.
+        prompt_lengths: prompt positions that batches are padded to, image included, in growing order; each one used is a compile.
         image_mode: "coin" (centre crop where CoIN's scripts crop) or "pad" (as in training).
         also_image_mode: the other one, to ask every task whose images it prepares otherwise once more and to report both; "" for none,
             as is the same one. A finished run to which it is added is only asked.
@@ -182,7 +183,7 @@ class EvalSettings:
     batch_size: int = 32
     max_new_tokens: int = 0
     first_new_tokens: int = 128
-    prompt_lengths: tuple = (704, 1024, 2048)
+    prompt_lengths: tuple = PROMPT_LENGTHS
     image_mode: str = "coin"
     also_image_mode: str = ""
     share_prefix: str = "auto"

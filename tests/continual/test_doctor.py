@@ -124,12 +124,13 @@ def test_steps_are_those_of_the_batch_plan(overrides, replay, expected):
 
 def test_hours_from_a_peak_and_from_a_measurement():
     config = load_config(COIN, ONCE)
-    by_peak = diagnose(config, Machine(devices=1, peak_tflops=989, utilization=0.5))
+    by_peak = diagnose(config, Machine(devices=1, peak_tflops=989, utilization=0.5, positions=704))
     # 574 thousand rows of 19.7 TFLOP (0.06 are scores that XLA computes again) and 801 thousand prompts of 9.8 at 494.5 TFLOP/s
     assert re.search(r"all +6,968 +801,009 +6h21m +4h24m", by_peak)
-    assert re.search(r"all +6,968 +801,009 +54m\d\ds +37m", diagnose(config, Machine(devices=7, peak_tflops=989, utilization=0.5)))
+    seven = diagnose(config, Machine(devices=7, peak_tflops=989, utilization=0.5, positions=704))
+    assert re.search(r"all +6,968 +801,009 +54m\d\ds +37m", seven)
     # four of eight tasks are cropped, and asked once more
-    twice = diagnose(load_config(COIN), Machine(devices=1, peak_tflops=989, utilization=0.5))
+    twice = diagnose(load_config(COIN), Machine(devices=1, peak_tflops=989, utilization=0.5, positions=704))
     assert re.search(r"all +6,968 +1,386,852 +6h21m +7h38m", twice)
     measured = diagnose(config, Machine(devices=1, step_seconds=4.0, step_rows=100))
     assert "hours from 4 s measured for a step of 100 rows" in measured and re.search(r"801,009 +6h22m +-", measured)
@@ -137,7 +138,7 @@ def test_hours_from_a_peak_and_from_a_measurement():
 
 
 def test_hours_and_memory_follow_what_a_method_does_in_each_phase():
-    machine = Machine(devices=1, peak_tflops=989)
+    machine = Machine(devices=1, peak_tflops=989, positions=704)
     text = {name: diagnose(load_config(f"{COIN}:method={name}", ONCE), machine) for name in ("lora", "lwf", "pclr")}
     minutes = {}
     for name, said in text.items():
@@ -146,7 +147,8 @@ def test_hours_and_memory_follow_what_a_method_does_in_each_phase():
     assert 1.4 < minutes["lwf"] / minutes["lora"] < 1.5  # a forward pass more in seven of eight stages
     assert minutes["pclr"] > 1.5 * minutes["lora"], "three tasks are distilled from a second pool"
     assert re.search(r"a training row is at most 29\.\d TFLOP", text["lwf"]) and "a training row is 20." in text["lora"]
-    assert "40 row(s) at once in stage 3, which holds most (estimated)" in text["pclr"]
+    assert re.search(r"32 row\(s\) at once in stage 5, which holds most \(phase integrate\) at 320 positions, "
+                     r"40 row\(s\) at once in stage 3, which holds most at 672, [\d, ]*2048 positions \(estimated\)", text["pclr"])
     assert "20 row(s) at once in stage 3, which holds most (estimated)" in text["lora"]
 
 
@@ -158,7 +160,7 @@ def test_the_phase_that_holds_most_is_found_where_it_is():
     llava = shapes.abstract_backbone(sizes, settings.model)
     plan = MemoryPlan.of(settings, llava, planned_stages(settings, llava, mesh), mesh, 80e9)
     assert {phase.shapes.phase.kind for phase in plan.phases} == {"learn", "learn_narrow", "integrate"} and len(stages) == 8
-    assert ("16 row(s) at once in stage 5, which holds most (phase integrate) at 704, 1024, 1536 positions, "
+    assert ("16 row(s) at once in stage 5, which holds most (phase integrate) at 320, 672, 704, 768, 832, 960, 1280, 1536 positions, "
             "20 row(s) at once in stage 3, which holds most at 2048 positions (estimated)") in plan.text()
 
 
@@ -209,7 +211,7 @@ def test_cutting_rows_comes_last(named):
     config = load_config(f"{COIN}:backbone=llava15_13b", [f"--config.model.remat={named}"])
     (line,) = [line for line in advice(diagnose(config, Machine(devices=2, memory_gb=40))) if line.startswith("training needs")]
     flag = "" if named == "auto" else "--config.model.remat=full "
-    assert re.search(rf"max_length=\d+ .*buckets=\(\(704,128\).* {flag}.*mesh.fsdp=2", line)
+    assert re.search(rf"max_length=\d+ .*buckets=\(\(320,64\),\(672,64\).* {flag}.*mesh.fsdp=2", line)
     longer = advice(diagnose(load_config(COIN), Machine(devices=1, memory_gb=80)))
     assert not any("max_length" in line for line in longer)
 
@@ -259,7 +261,18 @@ def test_rows_that_fit_grow_with_the_device():
     plan = MemoryPlan(settings, llava, stage, (PlannedPhase(112, 1, stage),), mesh, 0.0, {"ScienceQA": 112})
     rows = [most_rows(plan, (704, 128), 1e9 * size) for size in (12, 24, 40, 80, 141)]
     assert rows[0] == 0 and rows == sorted(rows) and 16 <= rows[3] <= 24
-    assert "rows that fit at once at 704 positions, by the device's memory: 24 GB: " in plan.text()
+    assert "rows that fit at once at 672 positions, by the device's memory: 24 GB: " in plan.text()
+
+
+def test_figures_for_one_length_are_for_rows_with_an_image():
+    """Whatever shorter buckets there are for text; and no advice cuts all images off."""
+    text = lambda *flags: diagnose(load_config(COIN, flags), Machine(devices=1, peak_tflops=989))
+    assert "at 672 positions a training row is" in text() and "rows that fit at once at 672 positions" in text()
+    assert "at 640 positions a training row is" in text("--config.data.buckets=((64,64),(576,64),(640,64),(2048,2048))")
+    # 320 positions would fit into this device, but no image into 320 positions
+    lines = advice(diagnose(load_config(f"{COIN}:backbone=llava15_13b,batches=mcitlib64"), Machine(devices=1, memory_gb=35.3)))
+    (line,) = [line for line in lines if line.startswith("training needs")]
+    assert "no setting known here makes it fit" in line and "max_length" not in line
 
 
 def test_the_embedded_benchmark_and_its_model():
