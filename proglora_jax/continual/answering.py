@@ -4,8 +4,9 @@
                                    "blank" says that the question's image could not be read, "cut" that it is cut off; "again" with how
                                    many tokens an answer was asked for that is longer than config.evaluate.first_new_tokens
     answers/<Task>.jsonl           the same without "again", complete, in the order of the questions
-    scores/<Task>.json             accuracy in both modes, mean gates, how many images stood blank or were cut off, and what was asked and
-                                   how it was scored: the hashes of questions, references and answers, the rules of scoring
+    scores/<Task>.json             accuracy in both modes, mean gates, how many images stood blank or were cut off, what of the prompts'
+                                   batches was padding, and what was asked and how it was scored: the hashes of questions, references
+                                   and answers, the rules of scoring
 
 Where a task is asked a second time with images prepared in another way, that way follows its name (ImageNet_pad.jsonl).
 """
@@ -34,6 +35,7 @@ from proglora_jax.data.batch import Batch
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.image_groups import WORTH, GroupedBatches, group_by_image
 from proglora_jax.data.images import ImageLoader
+from proglora_jax.data.padding import Padding
 from proglora_jax.data.pipeline import EvalBatches, eval_batches
 from proglora_jax.data.schema import Question
 from proglora_jax.data.tasks import TASKS
@@ -81,12 +83,13 @@ def evaluate_task(
     if known is not None:
         return known, True
     began = time.monotonic()
-    entries = _answers(session, state, header, task_id, questions, answers)
+    entries, padding = _answers(session, state, header, task_id, questions, answers)
     texts = {index: row["text"] for index, row in entries.items()}
     result = score_answers(TASKS[name].scorer, texts, questions, auxiliary, options, others)
     result |= {
         "task": name, "asked": asked, "answers_sha256": sha256_of_file(answers) if session.chief else "",
         "gates": _mean_gates(entries), "seconds": time.monotonic() - began, "image_mode": header["image_mode"],
+        "prompts": padding.to_json(),
     } | {f"{kind}_images": len({questions[index].image for index, row in entries.items() if row.get(kind)}) for kind in KINDS}
     if session.chief:
         atomic_write_json(path, result, checksum=True)
@@ -146,8 +149,8 @@ def _file_name(name: str, images: str) -> str:
 
 def _answers(
     session: Session, state: CLState, header: dict[str, Any], task_id: int, questions: list[Question], path: Path
-) -> dict[int, dict[str, Any]]:
-    """The lines of all questions by index, generated from where the partial file ends.
+) -> tuple[dict[int, dict[str, Any]], Padding]:
+    """(the lines of all questions by index, generated from where the partial file ends; what of the prompts' batches is padding).
 
     All questions are asked with room for a short answer; those that are still answering then, again with the cap and fewer at once.
     """
@@ -160,11 +163,11 @@ def _answers(
     batches = batches_of(questions, evaluate.batch_size)
     if evaluate.share_prefix != "off" and session.method.fixed_at_test:
         batches = group_by_image(batches, meshes.batch_ways(session.mesh), WORTH if evaluate.share_prefix == "auto" else 0.0)
-    header = header | {"shared_prefix": isinstance(batches, GroupedBatches)}
+    header, padding = header | {"shared_prefix": isinstance(batches, GroupedBatches)}, batches.padding()
     partial = path.with_suffix(".partial.jsonl")
     whole, entries = _kept(path, partial, header, len(questions), chief=session.chief)
     if whole:
-        return entries
+        return entries, padding
     done = _done(batches, range(len(questions)), entries)
     entries = {index: entries[index] for n in range(done) for index in batches.members(n)}
     with Progress(f"evaluate {header['task']}", len(questions), chief=session.chief) as progress:
@@ -181,7 +184,7 @@ def _answers(
         whole = {index: {key: value for key, value in entries[index].items() if key != "again"} for index in sorted(entries)}
         _reopen(partial, header, whole).close()
         os.replace(partial, path)
-    return entries
+    return entries, padding
 
 
 def _done(batches: EvalBatches, numbers: Sequence[int], entries: Mapping[int, Any]) -> int:

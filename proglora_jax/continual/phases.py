@@ -24,6 +24,7 @@ from proglora_jax.core import tree as trees
 from proglora_jax.core.types import CLState
 from proglora_jax.data import replay as replays
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.padding import Padding
 from proglora_jax.data.pipeline import TrainIterator
 from proglora_jax.data.rows import EncodedRows
 from proglora_jax.methods.base import Phase, Probe, TaskInfo
@@ -36,19 +37,20 @@ Batches = TrainIterator | FeatureBatches
 
 @dataclasses.dataclass(frozen=True)
 class _PhaseData:
-    """What a phase trains on: batches, their number, names for messages, odd images, and whether replayed rows have their own mean."""
+    """What a phase trains on: batches, their number, names for messages, odd images, whether replayed rows have their own mean, padding."""
 
     batches: Batches
     steps: int
     example_name: Callable[[int, int], str]
     odd: dict[str, BlankRows]
     separate: bool = False
+    padding: Padding | None = None
 
 
 def run_phases(
     session: Session, stage: Stage, stages: tuple[Stage, ...], info: TaskInfo, own: EncodedRows, state: CLState, probe: Probe, *,
     origin: str,
-) -> tuple[CLState, float, dict[str, int]]:
+) -> tuple[CLState, float, dict[str, int], Padding]:
     """Trains the phases of a stage, each from its beginning or from the newest progress that can be trusted.
 
     Args:
@@ -63,9 +65,9 @@ def run_phases(
 
     Returns:
         (state after the last phase, seconds of training, how many images stood blank or were cut off, by `blank_images.KINDS`: distinct
-        ones, replayed ones included).
+        ones, replayed ones included; what of the batches of all phases that run the language model is padding).
     """
-    method, seconds, odd = session.method, 0.0, {kind: set() for kind in KINDS}
+    method, seconds, odd, padding = session.method, 0.0, {kind: set() for kind in KINDS}, Padding()
     phases = method.phases(info)
     shown = method.trainable_mask(state, info)
     for place, phase in enumerate(phases):
@@ -77,12 +79,13 @@ def run_phases(
                 counts = ", ".join(f"{name} {count:,}" for name, count in shapes.trainable_counts(method, state, mask).items())
                 session.logger.message(f"phase {phase.name}: {counts} train")
             data = _phase_data(session, stage, info, own, state, phase, place, probe)
+            padding += data.padding or Padding()
             state, passed = _run_phase(session, stage, stages, phases, place, data, state, mask, origin)
             seconds += passed
             for kind, rows in data.odd.items():
                 odd[kind] |= rows.images()
         state = method.after_phase(state, info, phase, probe)
-    return state, seconds, {kind: len(images) for kind, images in odd.items()}
+    return state, seconds, {kind: len(images) for kind, images in odd.items()}, padding
 
 
 def _phase_data(
@@ -92,7 +95,7 @@ def _phase_data(
         data: StageData = stage_data(session, stage, own, session.method.replay(info), phase, place)
         names = {(row.task_id, row.index): f"{row.example.task} record {row.example.id}" for row in data.rows.rows}
         odd = odd_rows(data.rows, data.plan.rows, session.train_loader)
-        return _PhaseData(open_iterator(session, data), len(data.plan), lambda *row: names[row], odd, data.separate)
+        return _PhaseData(open_iterator(session, data), len(data.plan), lambda *row: names[row], odd, data.separate, data.plan.padding())
     count = min(len(own), phase.rows or len(own))
     numbers = np.sort(replays.replay_indices(len(own), count, info.seed, info.name))
     features = probe(state, numbers)[phase.features]
@@ -124,6 +127,8 @@ def _run_phase(
     later = (stages_left * len(phases) + own_left) * data.steps
     session.logger.start_phase(stage=stage.number, stages=len(stages), task=stage.name, phase=phase.name, steps=data.steps,
                                first_step=begin.step, steps_after=later)
+    if data.padding:
+        session.logger.message(f"phase {phase.name}: {data.padding}")
     began = time.monotonic() - spent
     # The seed of a stage's draws depends on its place in the run, so that isolated stages differ too.
     seed = settings.run.seed * 1000 + stage.number + 100 * place

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from proglora_jax.continual import report_figures
 from proglora_jax.continual.report_page import Picture, Section, Table
 from proglora_jax.continual.run_record import RunRecord
+from proglora_jax.data.padding import Padding
 from proglora_jax.evaluation.sequence import round_half_up
 from proglora_jax.methods.registry import METHODS
 
@@ -171,6 +172,7 @@ def cost_section(record: RunRecord) -> Section | None:
         rows = [(_stage_name(record, stage), *(f"{read[name]:,}" if read and name in read else ABSENT for name in heads.values()))
                 for stage, read in enumerate(record.data)]  # fmt: skip
         tables.append(Table(("stage", *heads), tuple(rows), "Training rows of the stage's own tasks"))
+    tables += _padding_tables(record)
     for counts, head, title in (
         (record.blank_images, "unreadable images, blank", "Images without which questions were asked"),
         (record.cut_images, "cut off, as far as they go", "Images of which questions saw a part"),
@@ -187,6 +189,26 @@ def cost_section(record: RunRecord) -> Section | None:
         rows.append(("total", *map(duration, sums.values())))
         tables.append(Table(("stage", "training", "evaluation"), tuple(rows), "Wall-clock time"))
     return Section("Parameters and durations", tables=tuple(tables)) if tables else None
+
+
+def _padding_tables(record: RunRecord) -> list[Table]:
+    """What of the batches was padding: of training by stage, of prompts by task as it was asked last."""
+    trained = [(stage, Padding.from_json(read)) for stage, read in enumerate(record.data)]
+    rows = [(_stage_name(record, stage), f"{padding.positions:,}", _percent(padding), _by_length(padding))
+            for stage, padding in trained if padding]  # fmt: skip
+    asked = {task: Padding.from_json(found) for prompts in record.prompts for task, found in (prompts or {}).items()}
+    prompts = [(task, f"{padding.positions:,}", _percent(padding), _by_length(padding)) for task, padding in asked.items() if padding]
+    head = ("positions", "padding, %", "batches by padded length")
+    return [Table((first, *head), tuple(found), title) for first, found, title in (
+        ("stage", rows, "Positions trained on, replayed rows included"), ("questions of", prompts, "Positions of the prompts")) if found]
+
+
+def _percent(padding: Padding) -> str:
+    return number(100.0 * padding.share, digits=1)
+
+
+def _by_length(padding: Padding) -> str:
+    return ", ".join(f"{length}: {count:,}" for length, count in padding.batches.items())
 
 
 def _stage_name(record: RunRecord, stage: int) -> str:

@@ -70,7 +70,7 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
     tasks, run, other = session.tasks, session.settings.run, session.settings.evaluate.other_mode
     matrix: dict[str, list] = {mode: [] for mode in (*MODES, *(with_images(mode, other) for mode in MODES if other))}
     gates: dict[int, dict[str, list[float]]] = {}
-    counts, seconds, read, odd, ceilings = [], [], [], {kind: [] for kind in KINDS}, {}
+    counts, seconds, read, prompts, odd, ceilings = [], [], [], [], {kind: [] for kind in KINDS}, {}
     for stage in stages:
         folder = stage.folder(session.workdir)
         scored = {task: _read(scores_file(folder, tasks[task])) for task in stage.evaluate}
@@ -94,6 +94,7 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
         for kind, found in odd.items():
             field = f"{kind}_images"
             found.append({name: score[field] for name, score in (known | twice).items() if score.get(field)})
+        prompts.append({name: score["prompts"] for name, score in (known | twice).items() if score.get("prompts")})
         spent = sum(score["seconds"] for score in (known | twice).values())
         seconds.append({"train": meta.get("seconds", {}).get("train", 0.0), "evaluate": spent})
     settings = {"learning rate": session.settings.train.learning_rate, "batch size": session.settings.train.batch_size,
@@ -106,7 +107,7 @@ def collect(session: Session, stages: tuple[Stage, ...]) -> RunRecord:
     return RunRecord(
         method=session.method.name, seed=run.seed, tasks=tasks, scoring=matrix, gates=gates, isolated=_isolated(session, matrix),
         baselines={"score of the references themselves": ceilings} if ceilings else {}, counts=counts, seconds=seconds, data=read,
-        blank_images=odd["blank"], cut_images=odd["cut"],
+        prompts=prompts, blank_images=odd["blank"], cut_images=odd["cut"],
         command=_command(session.workdir), versions=versions(), config_hash=config_hash(session.workdir),
         benchmark="coin_mini" if session.settings.data.benchmark == "embedded" else "CoIN", settings=settings,
     )

@@ -19,7 +19,10 @@ The file is one JSON object. Stages and blocks count from 0. A stage or score th
                                 teach nothing ("unsupervised"), were cut short ("truncated") or have an empty answer ("empty_answers");
                                 "blank_images": for how many distinct images of the rows that were trained on, replayed ones
                                 included, a blank one stood (config.data.on_bad_image=blank); "cut_images": how many were cut off or
-                                damaged, and used as far as they could be decoded
+                                damaged, and used as far as they could be decoded; of all batches of the phases that run the language
+                                model, "positions" without padding, "padded_positions" with it, and "batches" {padded length: number}
+    prompts      [{task: {what: int}}]  per stage: "positions", "padded_positions" and "batches" of the questions' prompts, by task; as
+                                "blank_images" where images were prepared in another way as well
     blank_images [{task: int}]  per stage: for how many distinct images of a task's questions a blank one stood; tasks without any are
                                 left out; "ImageNet_pad" and the like for images that were prepared in another way as well
     cut_images   [{task: int}]  the same of images that were cut off or damaged
@@ -72,7 +75,8 @@ class RunRecord:
     baselines: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     counts: Sequence[Mapping[str, int] | None] = ()
     seconds: Sequence[Mapping[str, float] | None] = ()
-    data: Sequence[Mapping[str, int] | None] = ()
+    data: Sequence[Mapping[str, Any] | None] = ()
+    prompts: Sequence[Mapping[str, Mapping[str, Any]] | None] = ()
     blank_images: Sequence[Mapping[str, int] | None] = ()
     cut_images: Sequence[Mapping[str, int] | None] = ()
     command: str = ""

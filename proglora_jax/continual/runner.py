@@ -89,10 +89,10 @@ def _train_stage(
     # ---- phases
     seconds, read = 0.0, {}
     if own:
-        state, seconds, odd = run_phases(
+        state, seconds, odd, padding = run_phases(
             session, stage, stages, info, own, state, probe, origin=before.digest if before else session.base)
         state = method.end_task(state, info, probe)
-        read = {"rows": len(own)} | own.counts | {f"{kind}_images": count for kind, count in odd.items()}
+        read = {"rows": len(own)} | own.counts | {f"{kind}_images": count for kind, count in odd.items()} | padding.to_json()
         for kind, count in odd.items():
             if count:
                 session.logger.message(f"{stage.name}: {count} image(s) {KINDS[kind]} in training")

@@ -12,6 +12,7 @@ from proglora_jax.checkpoints.integrity import atomic_write_json, sha256_of_file
 from proglora_jax.continual import answering
 from proglora_jax.continual.answering import _line, _reopen, finished_scores, read_answers
 from proglora_jax.data.errors import UserError
+from proglora_jax.data.padding import Padding
 from proglora_jax.training.loop import Stopped
 
 HEADER = {"task": "GQA", "adapter": "abc", "questions": "0f", "max_new_tokens": 5, "image_mode": "pad", "batch_size": 2}
@@ -119,7 +120,7 @@ def ask(tmp_path, monkeypatch):
             return known | {"valid": Later(known["valid"], read)}
 
         class Five(list):
-            batches, members = staticmethod(prepare), staticmethod(lambda n: [2 * n, 2 * n + 1])
+            batches, members, padding = staticmethod(prepare), staticmethod(lambda n: [2 * n, 2 * n + 1]), staticmethod(Padding)
 
         monkeypatch.setattr(answering, "eval_batches", lambda *_, **__: Five(range(5)))
         monkeypatch.setattr(answering.meshes, "put_batch", lambda batch, mesh: batch)

@@ -40,6 +40,7 @@ def record(stages=8, **changes):
         "counts": [{"pool block": 39976960, "key": 4096}] * stages,
         "seconds": [{"train": 187.0, "evaluate": 42.0}] * stages,
         "data": [{"rows": 1200 + stage, "bad_records": 2 * (stage == 5), "truncated": 0} for stage in range(stages)],
+        "prompts": [{}] * stages,
         "blank_images": [{}] * stages,
         "cut_images": [{}] * stages,
         "command": "python -m proglora_jax.main --config configs/coin.py",
@@ -342,3 +343,16 @@ def test_rows_that_were_left_out_are_told_where_there_are_any(tmp_path):
     assert cells[2] == ["1 ScienceQA", "1,200", "0"] and cells[7] == ["6 Grounding", "1,205", "2"]
     page, _, _ = written(record(data=()), tmp_path)
     assert "Training rows" not in page
+
+
+def test_padding_is_told_where_it_was_counted(tmp_path):
+    counted = {"positions": 900_000, "padded_positions": 1_000_000, "batches": {"672": 90, "1024": 1000}}
+    asked = [{}, {"TextVQA": counted}, {"TextVQA": counted | {"positions": 1}}]
+    run = record(3, data=[{"rows": 5}, {"rows": 5} | counted, None], prompts=asked)
+    page, _, _ = written(run, tmp_path)
+    assert load_run(tmp_path) == run
+    line = r"\| +900,000 +\| +10.0 +\| +672: 90, 1024: 1,000 +\|"
+    assert re.search(rf"Positions trained on, replayed rows included\n\n.*padding, %.*\n.*\n\| 2 TextVQA +{line}\n\n", page)
+    assert re.search(r"Positions of the prompts\n\n.*\n.*\n\| TextVQA +\| +1 +\| +100.0 +\|", page), "as they were asked last"
+    page, _, _ = written(record(), tmp_path)
+    assert "Positions" not in page

@@ -224,6 +224,33 @@ def test_changed_buckets_cost_the_stage_that_was_under_way_and_no_other(here, dy
     assert tiny_run.differences(tiny_run.outcome(workdir), tiny_run.outcome(dynamic)) != []
 
 
+def test_what_is_padding_is_said_as_a_phase_begins_and_kept(here, monkeypatch):
+    """Of two stages, the second with a replayed row that its plan counts, too; and of the questions' prompts."""
+    said, message = [], RunLogger.message
+    monkeypatch.setattr(RunLogger, "message", lambda self, text: (said.append(text), message(self, text)))
+    buckets = {"data__buckets": ((35, 24), (47, 24), (92, 24)), "evaluate__prompt_lengths": (34, 88)}
+    workdir = here.run("padding", "proglora_static", **TWO | buckets)
+    record, lengths = load_run(workdir), {}
+    for stage, read in enumerate(record.data):
+        count, batches = sum(read["batches"].values()), {int(top): number for top, number in read["batches"].items()}
+        assert count == 3 and read["padded_positions"] == sum(4 * top * number for top, number in batches.items())
+        assert 0.5 * read["padded_positions"] < read["positions"] < read["padded_positions"] and set(batches) <= {35, 47, 92}
+        lengths[stage] = batches
+        listed = ", ".join(f"{top}: {number}" for top, number in batches.items())
+        share = 100 * (1 - read["positions"] / read["padded_positions"])
+        (line,) = [text for text in said if text.endswith(f"% padding; batches by padded length: {listed}")]
+        assert line.startswith(f"phase train: {share:.1f} % padding")
+        assert said.index(line) == 1 + next(i for i, text in enumerate(said) if text.startswith(f"=== stage {stage + 1}/2"))
+    assert lengths[0] != lengths[1], "the records of the two tasks are of different lengths"
+    assert [set(prompts) for prompts in record.prompts] == [{"TextVQA"}, {"TextVQA", "OCRVQA"}]
+    questions = load_task(str(here.root), "TextVQA").questions
+    assert record.prompts[0] == {"TextVQA": record.prompts[1]["TextVQA"]} and len(questions) == 6
+    assert sum(record.prompts[0]["TextVQA"]["batches"].values()) == 3
+    text = (workdir / "report.md").read_text()
+    assert "Positions trained on, replayed rows included" in text and "Positions of the prompts" in text
+    assert re.search(rf"\| 2 OCRVQA +\| +{read['positions']:,} +\| +{share:.1f} +\| +{re.escape(listed)} +\|", text)
+
+
 def test_questions_that_changed_are_asked_again_and_references_only_scored_again(here, dynamic):
     workdir, root = here.folder / "mended", here.folder / "mended_data"
     shutil.copytree(dynamic, workdir)
