@@ -131,6 +131,9 @@ def _add_check_data(verbs) -> None:
     parser.add_argument("--image-tokens", type=int, default=576, help="positions of an image, with --tokenizer (LLaVA-1.5: 576)")
     parser.add_argument("--template", default="vicuna_v1", help="conversation template")
     parser.add_argument("--max-length", type=int, default=2048, help="positions of a record, image included")
+    parser.add_argument("--batch-rows", type=int, default=64, help="rows of a batch, for the share of padding")
+    parser.add_argument("--buckets", type=int, nargs="+", default=(), metavar="LENGTH",
+                        help="padded lengths to measure with; default: the configs' own")
     parser.add_argument("--policy", choices=("stop", "skip_and_count"), default="stop",
                         help="exit status where something is wrong: 1, or 0 after counting it")
     parser.add_argument("--counts", choices=("published", "any"), default="published",
@@ -144,7 +147,7 @@ def _add_check_data(verbs) -> None:
 
 def _check_data(arguments) -> int:
     from proglora_jax.continual.check_command import images_to_fill, measuring_encoder
-    from proglora_jax.data.check import check_data
+    from proglora_jax.data.check import Batching, check_data
     from proglora_jax.data.tasks import ORDERS
     from proglora_jax.data.templates import INSTRUCTION_SETS
     from proglora_jax.evaluation.evaluator import reference_problems
@@ -153,7 +156,7 @@ def _check_data(arguments) -> int:
     tasks = arguments.tasks if arguments.tasks in ORDERS else _names(arguments.tasks)
     findings = check_data(
         arguments.root, tasks, sets, encoder=measuring_encoder(arguments), references=reference_problems, counts=arguments.counts,
-        workers=arguments.workers, fill=images_to_fill(arguments))
+        workers=arguments.workers, fill=images_to_fill(arguments), batching=Batching.stated(arguments.batch_rows, arguments.buckets))
     for line in findings.lines(arguments.policy, arguments.show):
         print(line)
     if arguments.json:
@@ -176,7 +179,7 @@ def _add_doctor(verbs) -> None:
     parser.add_argument("--utilization", type=float, default=0.45, help="share of the peak that is assumed")
     parser.add_argument("--step-seconds", type=float, help="measured seconds of a training step, for hours by measurement")
     parser.add_argument("--step-rows", type=int, help="rows of the measured step; default: config.train.batch_size")
-    parser.add_argument("--positions", type=int, help="mean positions of a row; default: the smallest bucket")
+    parser.add_argument("--positions", type=int, help="mean positions of a row; default: the first bucket with an image")
     parser.add_argument("--compile", action="store_true", help="also compile the training step and read what it needs; minutes")
 
 

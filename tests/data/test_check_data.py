@@ -18,7 +18,9 @@ from PIL import Image
 
 from proglora_jax import tools
 from proglora_jax.data import images
+from proglora_jax.data.check import Batching
 from proglora_jax.data.check.counts import PUBLISHED, Expected, count_problems, expected_counts
+from proglora_jax.data.check.lengths import Sizes
 from proglora_jax.data.check.progress import progress
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.image_cache import ImageCache
@@ -291,6 +293,38 @@ def test_lengths(root, tokenizer, tmp_path, capsys):
     assert row["train"]["longest"] == row["questions"]["longest"] == 400 and row["train"]["supervised"] > 0
 
 
+def test_padding_is_that_of_the_batches_that_a_run_would_make():
+    """By hand: 10 and 20, 30 and 40 in batches of two."""
+    sizes, two = Sizes(), Batching(2, ((20, 5), (40, 5)), (10, 40))
+    for length, labels in ((30, 1), (10, 2), (40, 5), (20, 1)):
+        sizes.add(length, labels, length > 20)
+    assert sizes.mean() == 25 and sizes.training_padding(two, 50, "bucket") == pytest.approx(1 - 100 / (2 * 20 + 2 * 40))
+    assert sizes.training_padding(two, 50, "none") in [pytest.approx(1 - 100 / padded) for padded in (2 * 20 + 2 * 40, 2 * 40 + 2 * 40)]
+    sizes.add(20, 30, False)  # so many labels fit into the longest bucket alone
+    assert sizes.training_padding(Batching(5, two.buckets), 50, "bucket") == pytest.approx(1 - 120 / 250)
+    prompts = Sizes()
+    for length in (5, 30, 8):
+        prompts.add(length, 0, True)
+    assert prompts.prompt_padding(two, 50) == pytest.approx(1 - 43 / (2 * 10 + 2 * 40))
+    assert prompts.prompt_padding(Batching(64, prompts=(10,)), 50) == pytest.approx(1 - 43 / 150), "longer ones are as long as may be"
+    assert Sizes().training_padding(two, 50, "bucket") == 0
+
+
+def test_padding_is_told_for_every_file(root, tokenizer, tmp_path, capsys):
+    arguments = [root, "--tasks", "VizWiz,ScienceQA", "--tokenizer", tokenizer, "--image-tokens", 4, "--max-length", 400]
+    lengths, report = [], tmp_path / "report.json"
+    for tops in (["--buckets", 100, 200], ["--buckets", *range(1, 400)], ["--buckets", 100, 200, "--batch-rows", 1]):
+        status, _ = run(capsys, *arguments, *tops, "--json", report)
+        content = json.loads(report.read_text(encoding="utf-8"))
+        lengths.append([list(row[part]["padding"].values()) for row in content["tasks"] for part in ("train", "questions")])
+        assert status == 0 and " ".join(map(str, tops[1:3])) in content["batching"]
+    assert [len(shares) for shares in lengths[0]] == [2, 1, 2, 1]
+    wide, exact, alone = ([share for shares in one for share in shares] for one in lengths)
+    assert all(0 <= fine < coarse < 100 for fine, coarse in zip(exact, wide)) and all(a <= b for a, b in zip(alone, wide))
+    train = content["tasks"][0]["train"]
+    assert 0 < train["mean"] <= train["longest"] and alone[0] == pytest.approx(alone[1]), "a row alone is in its own bucket"
+
+
 def test_prompts_that_never_fit_and_empty_answers_without_a_tokenizer(root, tokenizer, capsys):
     edit(root, "VizWiz", "train", set_value(3, "conversations", conversation(("<image>\nq", " "))))
     assert "record 3" in only(check(root, "VizWiz"), "unsupervised")
@@ -325,8 +359,11 @@ def test_the_verb_reports_and_obeys_the_policy(root, tmp_path, capsys):
 def test_the_verb_with_the_embedded_model(pristine, capsys):
     status, lines = run(capsys, pristine, "--instruction-set", "all", "--model", "embedded", "--template", "vicuna_v1_bare",
                         "--max-length", 92)
-    assert status == 0 and lines[-1].endswith("no problems") and len(lines) == 26
-    assert lines[0].split() == ["set", "task", "train", "turns", "questions", "images", "longest", "labels", "prompt"]
+    assert status == 0 and lines[-1].endswith("no problems") and len(lines) == 27
+    assert lines[0].startswith("padding: share of the positions of batches of 64 rows")
+    assert lines[0].endswith("padded lengths 92 and of prompts 92")
+    assert re.split(r"\s{2,}", lines[1]) == ["set", "task", "train", "turns", "questions", "images", "mean", "longest", "labels", "prompt",
+                                            "padding", "by bucket", "of prompts"]
 
 
 @pytest.mark.parametrize(
@@ -339,6 +376,8 @@ def test_the_verb_with_the_embedded_model(pristine, capsys):
         ([".", "--tokenizer", "nowhere"], "nowhere: no such folder"),
         ([".", "--model", "nowhere"], "nowhere: no such folder"),
         ([".", "--template", "x"], "data.template=x: unknown"),
+        ([".", "--batch-rows", "0"], "--batch-rows 0: must be 1 or more"),
+        ([".", "--buckets", "704", "640"], "--buckets 704 640: padded lengths must grow"),
     ],
 )
 def test_mistakes_in_the_arguments(arguments, words, capsys):

@@ -29,6 +29,9 @@ KINDS: dict[str, tuple[str, str, str]] = {
     "duplicate": ("leaked", "questions on a picture that training asks too", "a run trains on them and scores them"),
 }
 POLICIES = ("stop", "skip_and_count")
+IN_ORDER, BY_BUCKET, BY_LENGTH = "CoIN's order", "by bucket", "by length"
+"""How batches are made: config.data.grouping=modality_length and bucket, and those of prompts."""
+_PADDING = ("padding", "by bucket", "of prompts")  # heads of their columns
 # What lets a run go on past problems of a kind at which it stops by default.
 _SETTINGS = dict.fromkeys(("schema", "box"), "config.data.on_bad_record=skip_and_count") | dict.fromkeys(
     ("missing_image", "corrupt_image"), "config.data.on_bad_image=blank")
@@ -67,6 +70,9 @@ class FileRow:
         expected: how many records it should hold, as text; "" where nothing is expected.
         longest: positions of the longest record, after cutting; 0 without a tokenizer.
         supervised: most supervised tokens of a record; 0 without a tokenizer and for questions.
+        mean: mean positions of the records that a run would use; 0 without a tokenizer.
+        padding: {how batches are made: share of padding in them, percent}, of training "CoIN's order" and "by bucket", of questions
+            "by length"; {} without a tokenizer.
     """
 
     path: str = ""
@@ -76,6 +82,8 @@ class FileRow:
     expected: str = ""
     longest: int = 0
     supervised: int = 0
+    mean: float = 0.0
+    padding: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -105,13 +113,14 @@ class Findings:
         problems: in the order in which they were found.
         notes: {(what it is about, remark): (number, an example or "")}.
         images: distinct images in all.
+        batching: how batches are made whose padding the rows tell, in words; "" without a tokenizer.
     """
 
     def __init__(self):
         self.rows: list[TaskRow] = []
         self.problems: list[Problem] = []
         self.notes: dict[tuple[str, str], tuple[int, str]] = {}
-        self.images = 0
+        self.images, self.batching = 0, ""
 
     def add(self, kind: str, file: str, reason: str, record: int | None = None, id: str = "", *, stops: bool = False) -> None:
         """Notes a problem of a file, or of one record of it.
@@ -170,15 +179,17 @@ class Findings:
         sets = len({row.instruction_set for row in self.rows}) > 1
         tokens = any(row.train.longest or row.questions.longest for row in self.rows)
         header = [*(["set"] if sets else []), "task", "train", "turns", "questions", "images",
-                  *(["longest", "labels", "prompt"] if tokens else []), *(KINDS[kind][0] for kind in kinds)]
+                  *(["mean", "longest", "labels", "prompt", *_PADDING] if tokens else []), *(KINDS[kind][0] for kind in kinds)]
         body = [
             [*([row.instruction_set] if sets else []), row.task, _count(row.train), f"{row.train.turns:,}", _count(row.questions),
-             f"{row.images:,}", *([f"{n:,}" for n in (row.train.longest, row.train.supervised, row.questions.longest)] if tokens else []),
+             f"{row.images:,}", *(_lengths(row) if tokens else []),
              *(f"{row.problems[kind]:,}" for kind in kinds)]
             for row in self.rows
         ]
         widths = [max(len(line[i]) for line in (header, *body)) for i in range(len(header))]
         left = 2 if sets else 1
+        if tokens:
+            yield self.batching
         for line in (header, *body):
             yield "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip()
 
@@ -203,6 +214,7 @@ class Findings:
             "policy": policy,
             "exit_status": self.exit_status(policy),
             "images": self.images,
+            "batching": self.batching,
             "counts": self.counts,
             "stops_training": sum(problem.stops for problem in self.problems),
             "tasks": [asdict(row) | {"problems": dict(row.problems)} for row in self.rows],
@@ -220,6 +232,13 @@ class Findings:
             UserError: "<path>: cannot be written (...)"
         """
         write_file(path, json.dumps(self.to_dict(policy), indent=1) + "\n")
+
+
+def _lengths(row: TaskRow) -> list[str]:
+    train, questions = row.train, row.questions
+    padding = (train.padding.get(IN_ORDER), train.padding.get(BY_BUCKET), questions.padding.get(BY_LENGTH))
+    numbers = (round(train.mean), train.longest, train.supervised, questions.longest)
+    return [*(f"{number:,}" for number in numbers), *("-" if share is None else f"{share:.1f}%" for share in padding)]
 
 
 def _count(row: FileRow) -> str:

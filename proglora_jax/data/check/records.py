@@ -11,6 +11,7 @@ from proglora_jax.data.box_text import BoxError, parse_box
 from proglora_jax.data.check.counts import Expected, count_problems
 from proglora_jax.data.check.findings import FileRow, Findings, Problem
 from proglora_jax.data.check.images import ImageUses
+from proglora_jax.data.check.lengths import Sizes
 from proglora_jax.data.check.progress import progress
 from proglora_jax.data.errors import UserError
 from proglora_jax.data.rows import why_unsupervised
@@ -41,6 +42,7 @@ class SeenFile:
         sizes: {readable record: image size that the record claims}.
         auxiliary: paths of the auxiliary files that belong to it.
         problems: a training file's: what was found in it for this task.
+        usable: sizes of the records that a run would use; empty without a tokenizer.
     """
 
     path: str = ""
@@ -52,6 +54,7 @@ class SeenFile:
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     auxiliary: tuple[str, ...] = ()
     problems: list[Problem] = field(default_factory=list)
+    usable: Sizes = field(default_factory=Sizes)
 
     def add(self, record: Example | Question, position: int, uses: ImageUses, texts: Sequence[str]) -> None:
         """Keeps a record's image and the hashes of its questions."""
@@ -185,7 +188,7 @@ class RecordChecker:
                 places = scan.positions[start : start + _CHUNK]
                 for item, record, position in zip(self._encoded(encode, records, places, seen.path), records, places):
                     if item is not None:
-                        judge(item, seen.path, position, record, row)
+                        judge(item, seen, position, record, row)
                 tick(len(records))
 
     def _encoded(self, encode: Callable, records: Sequence, places: Sequence[int], path: str) -> list[Encoded | None]:
@@ -198,17 +201,20 @@ class RecordChecker:
             self.findings.add("tokens", path, str(error), places[0], records[0].id, stops=True)
             return [None]
 
-    def _judge_example(self, item: Encoded, path: str, position: int, example: Example, row: FileRow) -> None:
+    def _judge_example(self, item: Encoded, seen: SeenFile, position: int, example: Example, row: FileRow) -> None:
         row.longest, row.supervised = max(row.longest, len(item.tokens)), max(row.supervised, item.supervised)
         if not item.supervised:
-            self.findings.add("unsupervised", path, why_unsupervised(item, self._encoder), position, example.id)
-        elif item.truncated:
-            self.findings.add("over_long", path, self._too_long("its last answers are lost"), position, example.id)
-
-    def _judge_question(self, item: Encoded, path: str, position: int, question: Question, row: FileRow) -> None:
-        row.longest = max(row.longest, len(item.tokens))
+            self.findings.add("unsupervised", seen.path, why_unsupervised(item, self._encoder), position, example.id)
+            return
+        seen.usable.add(len(item.tokens), item.supervised, item.has_image)
         if item.truncated:
-            self.findings.add("over_long", path, self._too_long("the end of the question is lost"), position, question.id)
+            self.findings.add("over_long", seen.path, self._too_long("its last answers are lost"), position, example.id)
+
+    def _judge_question(self, item: Encoded, seen: SeenFile, position: int, question: Question, row: FileRow) -> None:
+        row.longest = max(row.longest, len(item.tokens))
+        seen.usable.add(len(item.tokens), 0, item.has_image)
+        if item.truncated:
+            self.findings.add("over_long", seen.path, self._too_long("the end of the question is lost"), position, question.id)
 
     def _too_long(self, loss: str) -> str:
         return f"longer than {self._encoder.max_length} positions, {loss}; raise config.data.max_length if the model can"

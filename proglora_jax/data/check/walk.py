@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from proglora_jax.data.check.counts import COUNT_MODES, expected_counts
 from proglora_jax.data.check.fill import Fill, fill_folder, wanted_images
-from proglora_jax.data.check.findings import Findings, TaskRow
+from proglora_jax.data.check.findings import BY_BUCKET, BY_LENGTH, IN_ORDER, Findings, TaskRow
 from proglora_jax.data.check.images import IMAGE_KINDS, ImageState, ImageUses, look_at_images
+from proglora_jax.data.check.lengths import Batching, Sizes
 from proglora_jax.data.check.progress import progress
 from proglora_jax.data.check.records import RecordChecker, ReferenceCheck, SeenFile, leaked_questions, shared_images
 from proglora_jax.data.errors import UserError
@@ -32,6 +33,7 @@ def check_data(
     counts: str = "published",
     workers: int = 0,
     fill: Fill | None = None,
+    batching: Batching = Batching(),
 ) -> Findings:
     """Checks all records and images of some tasks.
 
@@ -44,6 +46,7 @@ def check_data(
         counts: "published" compares the number of records with the benchmark's (not of reduced sets), "any" does not.
         workers: threads that decode; 0 for one per core.
         fill: a folder to put the whole images into, as runs will ask for them.
+        batching: how batches are made whose padding is told; with an encoder.
 
     Returns:
         The findings; damage in the data is never raised.
@@ -78,6 +81,13 @@ def check_data(
     for row, train, questions in walked:
         _check_together(findings, train, questions, states)
         _fill_row(findings, row, train, questions, states)
+        if encoder is not None:
+            _fill_lengths(row, train.usable, questions.usable, batching, encoder.max_length)
+    if encoder is not None:
+        lengths = (" ".join(str(top) for top in tops if top < encoder.max_length) for tops in (dict(batching.buckets), batching.prompts))
+        padded = " and of prompts ".join(f"{listed} {encoder.max_length}".strip() for listed in lengths)
+        findings.batching = (f"padding: share of the positions of batches of {batching.rows} rows, in CoIN's order, by bucket, and of "
+                             f"prompts by length; padded lengths {padded}")
     return findings
 
 
@@ -158,3 +168,12 @@ def _fill_row(findings: Findings, row: TaskRow, train: SeenFile, questions: Seen
     # Of the training file only its own ones: tasks may share it (Multitask/train.json).
     own = [*train.problems, *(problem for problem in findings.problems if problem.file in files)]
     row.problems.update(problem.kind for problem in own if problem.kind not in IMAGE_KINDS)
+
+
+def _fill_lengths(row: TaskRow, train: Sizes, questions: Sizes, batching: Batching, most: int) -> None:
+    row.train.mean, row.questions.mean = train.mean(), questions.mean()
+    orders = ((IN_ORDER, "modality_length"), (BY_BUCKET, "bucket"))
+    if train.lengths:
+        row.train.padding = {name: 100.0 * train.training_padding(batching, most, grouping) for name, grouping in orders}
+    if questions.lengths:
+        row.questions.padding = {BY_LENGTH: 100.0 * questions.prompt_padding(batching, most)}
