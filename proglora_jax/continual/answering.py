@@ -14,12 +14,13 @@ Where a task is asked a second time with images prepared in another way, that wa
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,25 +171,24 @@ def _answers(
         return entries, padding
     done = _done(batches, range(len(questions)), entries)
     entries = {index: entries[index] for n in range(done) for index in batches.members(n)}
-    with Progress(f"evaluate {header['task']}", len(questions), chief=session.chief) as progress:
+    kept = _reopen(partial, header, entries) if session.chief else contextlib.nullcontext()
+    with kept as file, Progress(f"evaluate {header['task']}", len(questions), chief=session.chief) as progress:
         progress.update(len(entries))
-        file = _reopen(partial, header, entries) if session.chief else None
         work = _Work(session, state, header["task"], questions, loader, entries, file, progress)
         work.ask(batches, range(len(questions)), done, first, cap)
         if again := [index for index in sorted(entries) if entries[index].get("again")]:
             longer = batches_of([questions[index] for index in again], late_rows(evaluate.batch_size, meshes.batch_ways(session.mesh)))
-            done = _done(longer, again, {index: row for index, row in entries.items() if row["again"] == cap})
+            done = _done(longer, again, {index for index in again if entries[index]["again"] == cap})
             work.ask(longer, again, done, cap, cap)
-    if file is not None:
-        file.close()
+    if session.chief:
         whole = {index: {key: value for key, value in entries[index].items() if key != "again"} for index in sorted(entries)}
         _reopen(partial, header, whole).close()
         os.replace(partial, path)
     return entries, padding
 
 
-def _done(batches: EvalBatches, numbers: Sequence[int], entries: Mapping[int, Any]) -> int:
-    """How many batches, from the first on, have all their answers; `numbers` are the questions' own."""
+def _done(batches: EvalBatches, numbers: Sequence[int], entries: Collection[int]) -> int:
+    """How many batches, from the first on, have all their answers among `entries`; a batch's question n is `numbers[n]`."""
     count = 0
     while count < len(batches) and all(numbers[index] in entries for index in batches.members(count)):
         count += 1

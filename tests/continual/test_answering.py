@@ -158,3 +158,68 @@ def test_what_is_computed_is_kept_where_an_image_cannot_be_read_and_where_the_ru
     happened, end, entries, _ = ask(broken=9, stop_at=1)
     assert "stopped while evaluating GQA after 6 of 10 questions; the answers are kept" in str(end) and sorted(entries) == list(range(6))
     assert happened[-2:] == ["answers of 1", "answers of 2"], "nothing is begun after the signal"
+
+
+class Asked:
+    """Batches of questions, in order; the last one is filled up."""
+
+    def __init__(self, questions, encoder, loader, *, batch_size, **_):
+        self.questions, self.size = questions, batch_size
+
+    def __len__(self):
+        return -(-len(self.questions) // self.size)
+
+    def members(self, n):
+        return list(range(len(self.questions)))[n * self.size : (n + 1) * self.size]
+
+    def batches(self, start, threads):
+        for n in range(start, len(self)):
+            numbers = np.resize(self.members(n), self.size)
+            yield {"tokens": np.zeros((self.size, 3)), "example": numbers, "valid": np.arange(self.size) < len(self.members(n)),
+                   "asked": [self.questions[number].id for number in numbers]}
+
+    def padding(self):
+        return None
+
+
+@pytest.mark.parametrize("stop_at", [None, *range(6)])
+def test_only_longer_answers_are_asked_for_again_whenever_that_is_interrupted(tmp_path, monkeypatch, stop_at):
+    """Answers of 0 to 9 tokens to ten questions, with room for five at first: a numbers-only stand-in for the device."""
+    stop, path, calls = SimpleNamespace(requested=False), tmp_path / "GQA.jsonl", []
+
+    def generator(tokens, by_image):
+        def generate(params, memory, llava, batch, stage):
+            calls.append((tokens, [int(name) for name, valid in zip(batch["asked"], batch["valid"]) if valid]))
+            stop.requested |= len(calls) - 1 == stop_at
+            length = np.asarray([int(name) for name in batch["asked"]])
+            return {"example": batch["example"], "valid": batch["valid"], "count": np.minimum(length, tokens), "hit_cap": length >= tokens,
+                    "tokens": np.broadcast_to(np.arange(tokens), (len(length), tokens)), "gates": np.ones((len(length), 1))}
+
+        return generate
+
+    monkeypatch.setattr(answering, "eval_batches", Asked)
+    monkeypatch.setattr(answering.meshes, "put_batch", lambda batch, mesh: batch)
+    monkeypatch.setattr(answering.meshes, "batch_ways", lambda mesh: 1)
+    session = SimpleNamespace(
+        settings=SimpleNamespace(evaluate=SimpleNamespace(batch_size=8, prompt_lengths=(), share_prefix="off", first_new_tokens=5),
+                                 data=SimpleNamespace(threads=0)),
+        eval_loader=lambda mode: SimpleNamespace(bad=set(), cut=set(), on_bad="raise"), chief=True, mesh=None, llava=None, stop=stop,
+        share=(0, 1), encoder=SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda tokens: " ".join(map(str, tokens)))),
+        method=SimpleNamespace(fixed_at_test=True), generator=generator,
+    )  # fmt: skip
+    questions = [SimpleNamespace(id=f"{n}", text="", image=None) for n in range(10)]
+    state, header = SimpleNamespace(params=0, memory=0, stage=0), HEADER | {"max_new_tokens": 8}
+    ask = lambda: answering._answers(session, state, header, 0, questions, path)
+    if stop_at is not None and stop_at < 5:  # of five batches
+        with pytest.raises(Stopped):
+            ask()
+        stop.requested = False
+    entries, _ = ask()
+    assert calls[:2] == [(5, [0, 1, 2, 3, 4, 5, 6, 7]), (5, [8, 9])][: len(calls)]
+    again = [numbers for tokens, numbers in calls if tokens == 8]
+    assert [list(one) for one in dict.fromkeys(map(tuple, again))] == [[5, 6], [7, 8], [9]]
+    assert {n: (row["text"], row["hit_cap"]) for n, row in entries.items()} == {
+        n: (" ".join(map(str, range(min(n, 8)))), n >= 8) for n in range(10)}
+    kept = read_answers(path)
+    assert list(kept) == list(range(10)) and not any("again" in row for row in kept.values())
+    assert not path.with_suffix(".partial.jsonl").exists()
