@@ -54,7 +54,7 @@ if not flags.FLAGS.is_parsed():
 # Files that take longest, which begin first, so that no worker has one left when the others are done.
 _LONG = (
     "test_resume", "test_runner", "test_processes", "test_resume_phases", "test_literal_pclr", "test_expert_invariants",
-    "test_routing_places", "test_battery_devices", "test_first_stage", "test_battery_bfloat16", "test_battery",
+    "test_routing_places", "test_battery_programs", "test_first_stage", "test_compile_ahead", "test_battery",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ there agrees within a tenth. A compiler for accelerators should fuse more; no ac
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -116,12 +117,18 @@ def total(parts: list[Part]) -> float:
     return sum(part.bytes for part in parts)
 
 
+# {model: {mesh: bytes}}
+_BACKBONE_BYTES: weakref.WeakKeyDictionary[Llava, dict[Any, int]] = weakref.WeakKeyDictionary()
+
+
 def backbone_bytes(llava: Llava, mesh: Any) -> int:
-    """Bytes of the backbone on one device of a mesh, by the shardings of a run."""
-    count = 0
-    for path, leaf in trees.flatten(llava.to_tree()).items():
-        count += int(np.prod(meshes.backbone_sharding(path, leaf.shape, mesh).shard_shape(leaf.shape))) * leaf.dtype.itemsize
-    return count
+    """Bytes of the backbone on one device of a mesh, by the shardings of a run; counted once for each mesh, as plans ask thousands of times."""
+    known = _BACKBONE_BYTES.setdefault(llava, {})
+    if mesh not in known:
+        known[mesh] = sum(
+            int(np.prod(meshes.backbone_sharding(path, leaf.shape, mesh).shard_shape(leaf.shape))) * leaf.dtype.itemsize
+            for path, leaf in trees.flatten(llava.to_tree()).items())
+    return known[mesh]
 
 
 def activation_bytes(settings: Settings, llava: Llava, cost: Cost, load: Load) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The battery's checks in half precision: one compiles programs of its own, one only traces them."""
+"""The battery's checks with programs of their own: on eight devices, in half precision, and one that only traces them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import jax
 import pytest
 
 from proglora_jax.methods.registry import NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eight_devices_equal_one(name):
+    battery.check_eight_devices_equal_one(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
