@@ -122,7 +122,7 @@ _BACKBONE_BYTES: weakref.WeakKeyDictionary[Llava, dict[Any, int]] = weakref.Weak
 
 
 def backbone_bytes(llava: Llava, mesh: Any) -> int:
-    """Bytes of the backbone on one device of a mesh, by the shardings of a run; counted once for each mesh, as plans ask thousands of times."""
+    """Bytes of the backbone on one device of a mesh, by the shardings of a run; counted once, as a plan asks thousands of times."""
     known = _BACKBONE_BYTES.setdefault(llava, {})
     if mesh not in known:
         known[mesh] = sum(
