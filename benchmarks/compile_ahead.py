@@ -111,7 +111,7 @@ def main() -> None:
     names = [name for slices in SLICES.values() for name in slices]
     parser.add_argument("--kind", choices=tuple(SLICES), default="tpu", help="compile what is missing of these")
     parser.add_argument("--only", nargs="+", choices=names, default=(), help="compile these, whether they are there or not")
-    parser.add_argument("--program", choices=("all", "train", "answer"), default="all", help="only this program of them")
+    parser.add_argument("--program", choices=("all", "train", "answer", "answer_late"), default="all", help="only this program of them")
     arguments = parser.parse_args()
     for name in arguments.only or [name for name in SLICES[arguments.kind] if not path_of(name).exists()]:
         compile_one(name, arguments.program)

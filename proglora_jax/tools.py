@@ -198,8 +198,9 @@ def _add_compile(verbs) -> None:
     parser.add_argument("--topology", required=True,
                         help="a TPU slice (v5e:4x4, v5p:2x2x1, v6e:2x4) or GPUs (h100, h100:8 on one host, a100-80gb:2x8 on two)")
     parser.add_argument("--config", required=True, help="as for the main job; --config.section.field=value overrides a field")
-    parser.add_argument("--program", choices=("all", "train", "answer", "answer_shared"), default="all",
-                        help="answer: prefill and decoding; answer_shared: the same where two questions share an image")
+    parser.add_argument("--program", choices=("all", "train", "answer", "answer_late", "answer_shared"), default="all",
+                        help="answer: prefill and decoding; answer_late: where longer answers are asked for again; answer_shared: "
+                             "where two questions share an image")
     parser.add_argument("--positions", type=int, nargs="+", default=(), help="padded lengths, of the config's; default: its largest")
     parser.add_argument("--json", metavar="FILE", help="write everything that was found to this file")
     parser.add_argument("--hlo", metavar="FOLDER", default="", help="keep the compiled programs' text there")

@@ -147,7 +147,8 @@ class Slurm:
         bodies = {"scontrol": "echo node1; echo node2", "squeue": state, "sleep": "exec /bin/sleep 0.02", "scancel": "exit 1"} | scripts
         for name, body in bodies.items():
             make(name, body)
-        given = {"SLURM_JOB_ID": "45678", "SLURM_JOB_NODELIST": "n[1-2]", "TASKS": str(self.count), "ENDS": ends, "HERE": str(folder)}
+        given = {"SLURM_JOB_ID": "45678", "SLURM_JOB_NODELIST": "n[1-2]", "TASKS": str(self.count), "ENDS": ends,
+                 "HERE": str(folder), "SLURM_JOB_NUM_NODES": str(self.count)}
         self.environment = environment | given
 
     def run(self, signals=lambda job: None, **environment: str) -> int:
@@ -242,6 +243,7 @@ def test_slurm_queues_a_run_again_whose_steps_alone_were_asked_to_stop(stubs, tm
 @pytest.mark.parametrize("ends, before, queued", [
     (f"!{LOST} {LOST}", 0, True), ("!134 137", 0, True), ("!139 137", 0, True), ("!137 75", 15, True), ("!137 134", 16, False),
     (f"!1 {LOST}", 0, False), ("!1 137", 0, False), ("!2 75", 0, False), ("!1 !1", 0, False),
+    ("!137", 0, False), ("!139", 0, False),  # alone: memory is over, or a fault, which would come again
 ])  # fmt: skip
 def test_slurm_queues_a_run_again_that_lost_a_process_and_none_that_failed(stubs, tmp_path, ends, before, queued):
     slurm = Slurm(stubs, tmp_path, ends)

@@ -9,6 +9,7 @@ Weights are safetensors or files of torch.save, in one file or in shards with an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -146,16 +147,21 @@ def read_config(folder: Path, vision_folder: Path | None = None) -> LlavaConfig:
 
 
 def image_folder(folder: Path, vision_folder: Path | None = None) -> pathlib.Path:
-    """`Source.image_folder` of a LLaVA whose weights nobody needs: the CLIP's, where one is given or named.
+    """`Source.image_folder` of a LLaVA whose weights nobody needs: the CLIP's, where one is given or named and its settings count.
 
     Raises:
         UserError: "<folder>: no such folder ...", "<folder>: config.json is missing ..."
     """
     folder = existing(folder)
-    if vision_folder:
-        return existing(vision_folder)
-    fields = read_fields(folder)
-    return (_named_vision(folder, fields) if is_original(fields) else None) or folder
+    fields, vision = read_fields(folder), existing(vision_folder) if vision_folder else None
+    if is_original(fields):
+        return vision or _named_vision(folder, fields) or folder
+    if vision is None:
+        return folder
+    with contextlib.suppress(UserError):  # there may be no weights
+        if any(name.startswith("vision_tower.") for name in index_folder(folder, canonical)[0]):
+            return folder
+    return vision
 
 
 def is_original(fields: Mapping[str, Any]) -> bool:

@@ -171,15 +171,13 @@ def _answers(
         return entries, padding
     done = _done(batches, range(len(questions)), entries)
     entries = {index: entries[index] for n in range(done) for index in batches.members(n)}
-    kept = _reopen(partial, header, entries) if session.chief else contextlib.nullcontext()
-    with kept as file, Progress(f"evaluate {header['task']}", len(questions), chief=session.chief) as progress:
-        progress.update(len(entries))
-        work = _Work(session, state, header["task"], questions, loader, entries, file, progress)
-        work.ask(batches, range(len(questions)), done, first, cap)
+    with _reopen(partial, header, entries) if session.chief else contextlib.nullcontext() as file:
+        work = _Work(session, state, header["task"], questions, loader, entries, file)
+        work.ask(f"evaluate {header['task']}", batches, range(len(questions)), done, first, cap)
         if again := [index for index in sorted(entries) if entries[index].get("again")]:
             longer = batches_of([questions[index] for index in again], late_rows(evaluate.batch_size, meshes.batch_ways(session.mesh)))
             done = _done(longer, again, {index for index in again if entries[index]["again"] == cap})
-            work.ask(longer, again, done, cap, cap)
+            work.ask(f"evaluate {header['task']}, longer answers", longer, again, done, cap, cap)
     if session.chief:
         whole = {index: {key: value for key, value in entries[index].items() if key != "again"} for index in sorted(entries)}
         _reopen(partial, header, whole).close()
@@ -206,10 +204,9 @@ class _Work:
     loader: ImageLoader
     entries: dict[int, dict[str, Any]]
     file: Any
-    progress: Progress
 
-    def ask(self, batches: EvalBatches, numbers: Sequence[int], start: int, tokens: int, cap: int) -> None:
-        """Asks batches from `start` on, for answers of up to so many tokens.
+    def ask(self, title: str, batches: EvalBatches, numbers: Sequence[int], start: int, tokens: int, cap: int) -> None:
+        """Asks batches from `start` on, for answers of up to so many tokens; `title` is that of their progress.
 
         Raises:
             Stopped: after a stop signal; the answers so far are kept.
@@ -217,34 +214,37 @@ class _Work:
         """
         prepared, told = batches.batches(start, self.session.settings.data.threads), Round(self.session.stop)
         waiting: collections.deque = collections.deque()
+        count = sum(len(batches.members(number)) for number in range(start))
 
         def settle(most: int) -> None:
             """Writes answers until at most so many batches are being computed."""
+            nonlocal count
             while len(waiting) > most:
-                self._write(_rows(self.session, self.questions, numbers, *waiting.popleft(), told), tokens, cap)
+                rows = _rows(self.session, self.questions, numbers, *waiting.popleft(), told)
+                self._write(rows, tokens, cap)
+                count += len(rows)
+                progress.update(len(rows))
 
-        for number in range(start, len(batches)):
-            try:
-                batch = told.next(prepared, lambda number=number: batches.blank(number))
-            except UserError:
-                settle(0)
-                raise
-            generate = self.session.generator(tokens, by_image="slot" in batch)
-            members = [numbers[index] for index in batches.members(number)]
-            waiting.append(_begin(self.session, self.questions, self.loader, generate, self.state, batch, members))
-            settle(IN_FLIGHT if number + 1 < len(batches) else 0)
-            if told.stopping:  # several processes hear of it from the results that have just been read
-                settle(0)
-                raise Stopped(f"stopped while evaluating {self.name} after {len(self.entries)} of {len(self.questions)} questions; the "
-                              "answers are kept")
+        with Progress(title, len(numbers), chief=self.session.chief) as progress:
+            progress.update(count)
+            for number in range(start, len(batches)):
+                try:
+                    batch = told.next(prepared, lambda number=number: batches.blank(number))
+                except UserError:
+                    settle(0)
+                    raise
+                generate = self.session.generator(tokens, by_image="slot" in batch)
+                members = [numbers[index] for index in batches.members(number)]
+                waiting.append(_begin(self.session, self.questions, self.loader, generate, self.state, batch, members))
+                settle(IN_FLIGHT if number + 1 < len(batches) else 0)
+                if told.stopping:  # several processes hear of it from the results that have just been read
+                    settle(0)
+                    raise Stopped(f"stopped while evaluating {self.name} after {count} of {len(numbers)} questions; the answers are kept")
 
     def _write(self, rows: list[dict[str, Any]], tokens: int, cap: int) -> None:
         """Takes answers of up to `tokens`; with a higher cap those that were cut off are marked, and so are those that were asked again."""
         for row in rows:
-            known = self.entries.get(row["index"])
-            if known is None:
-                self.progress.update(1)
-            if known is not None or (row["hit_cap"] and tokens < cap):
+            if row["index"] in self.entries or (row["hit_cap"] and tokens < cap):
                 row["again"] = tokens
             self.entries[row["index"]] = row
         if self.file is not None:

@@ -53,4 +53,4 @@ def images_to_fill(arguments: Any) -> Any:
     from proglora_jax.continual.session import model_folder
 
     spec = ImageSpec.from_folder(str(image_folder(model_folder(arguments.model), arguments.vision)))
-    return Fill(ImageCache(arguments.fill_image_cache, "--fill-image-cache"), spec)
+    return Fill(ImageCache(arguments.fill_image_cache, "--fill-image-cache", must_write=True), spec)

@@ -22,6 +22,7 @@ from proglora_jax.continual.compile_table import compile_text
 from proglora_jax.continual.doctor import model_sizes
 from proglora_jax.continual.doctor_memory import MemoryPlan
 from proglora_jax.continual.doctor_plan import planned_stages
+from proglora_jax.continual.row_split import late_rows
 from proglora_jax.core import gpus, host
 from proglora_jax.core import mesh as meshes
 from proglora_jax.core import tree as trees
@@ -32,8 +33,9 @@ from proglora_jax.training.loop_choice import choose_unroll
 from proglora_jax.training.remat_choice import planning_limit
 from proglora_jax.training.settings import Settings, from_config
 
-PROGRAMS = ("train", "answer", "answer_shared")
-"""What can be compiled; the last one, questions that share images, for methods whose adapter does not depend on the prompt."""
+PROGRAMS = ("train", "answer", "answer_late", "answer_shared")
+"""What can be compiled: the third, questions with longer answers, where these are asked again; the last, questions that share images, for
+methods whose adapter does not depend on the prompt."""
 PER_IMAGE, BEHIND = 2, 64
 """Questions an image, and positions behind the image, of the last one."""
 NO_DEVICE = (
@@ -93,7 +95,9 @@ def compile_ahead(config: Mapping[str, Mapping[str, Any]], order: Order) -> dict
     stages = planned_stages(settings, llava, mesh)
     plan = MemoryPlan.of(settings, llava, stages, mesh, float(planning_limit(usable) if on_gpus else usable))
     _check_split(plan)
-    chosen = [name for name in order.programs if name != PROGRAMS[2] or _shares(settings, order)]
+    late = plan.first_answer() < plan.longest_answer() or order.programs == ("answer_late",)
+    chosen = [name for name in order.programs
+              if (name != "answer_shared" or _shares(settings, order)) and (name != "answer_late" or late)]
     asked = [(name, positions) for name in chosen for positions in _lengths(settings, name, order.positions)]
     results = [_compile(plan, name, positions, order, usable) for name, positions in asked]
     trainable = trees.partition(plan.stage.state.params, plan.stage.mask)[0]
@@ -170,10 +174,10 @@ def _shares(settings: Settings, order: Order) -> bool:
     """
     if settings.method.fixed_at_test and settings.evaluate.share_prefix != "off":
         return True
-    if order.programs == PROGRAMS[2:]:
+    if order.programs == PROGRAMS[3:]:
         reason = f"the adapter of {settings.method.name} depends on the prompt" if settings.evaluate.share_prefix != "off" else (
             "config.evaluate.share_prefix='off'")
-        raise UserError(f"--program {PROGRAMS[2]}: {reason}, so every prompt is read whole; compile the program answer")
+        raise UserError(f"--program {PROGRAMS[3]}: {reason}, so every prompt is read whole; compile the program answer")
     return False
 
 
@@ -209,6 +213,8 @@ def _compile(plan: MemoryPlan, program: str, positions: int, order: Order, usabl
         traced = programs.trace_prefix_generator(settings, llava, plan.stage, load, new_tokens, mesh)
     else:
         rows, new_tokens = settings.evaluate.batch_size, plan.first_answer()
+        if program == "answer_late":
+            rows, new_tokens = late_rows(rows, meshes.batch_ways(mesh)), plan.longest_answer()
         shown = {"rows": rows, "positions": positions, "new_tokens": new_tokens}
         traced = programs.trace_generator(settings, llava, plan.stage, rows, positions, new_tokens, mesh)
     work = flops.matmul_work(traced.jaxpr)

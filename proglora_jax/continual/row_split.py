@@ -14,8 +14,9 @@ from proglora_jax.data.errors import UserError
 from proglora_jax.methods.base import Phase, TaskInfo
 from proglora_jax.training.settings import Settings, TrainSettings
 
-LATE = 4
-"""What part of a batch is asked again at once with the whole cap: the cache then takes no more than the batch's with room for little."""
+LATE = 2
+"""1 / LATE of a batch is asked again at once with the whole cap: with CoIN's prompts and caps that takes about what the batch does with
+room for short answers. Fewer at once would cost models that talk long more steps."""
 
 
 def check_rows(settings: Settings, tasks: tuple[str, ...], mesh: Any) -> None:

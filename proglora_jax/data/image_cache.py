@@ -84,8 +84,8 @@ class ImageCache:
         written: images that were written.
     """
 
-    def __init__(self, folder: str, setting: str = "config.data.image_cache_dir"):
-        """Args: folder: made where it is not there; setting: what sentences call it.
+    def __init__(self, folder: str, setting: str = "config.data.image_cache_dir", *, must_write: bool = False):
+        """Args: folder: made where it is not there; setting: what sentences call it; must_write: refuse a folder that can only be read.
 
         Raises:
             UserError: "<setting>=<folder>: cannot be written (<what the system says>); ..."
@@ -101,6 +101,9 @@ class ImageCache:
             os.remove(probe)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
+            if os.path.isdir(folder) and not must_write:  # filled ahead, and mounted for reading
+                self._stop(str(reason))
+                return
             raise UserError(f"{setting}={folder}: cannot be written ({reason}); give a folder that can, or leave it out") from error
 
     def entry(self, path: str, size: int, way: bytes) -> Entry | None:

@@ -24,7 +24,7 @@ BUCKETS: tuple[Bucket, ...] = (
 )  # fmt: skip
 """The default for LLaVA-1.5, whose images have 576 positions: one for batches without images, and steps that grow with the length.
 
-A record of one short question has 635 to 660 positions with its image, which no multiple of 64 short of 704 holds; hence 672. Why these,
+A record of one short question has 635 to 660 positions with its image, most of them more than 640; hence 672. Why these,
 and what others would do: benchmarks/padding.py.
 """
 PROMPT_LENGTHS = (256, 640, 704, 1024, 2048)

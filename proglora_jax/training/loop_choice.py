@@ -13,6 +13,7 @@ from proglora_jax.training.settings import Settings
 ALL = 1 << 10
 """More layers than any model has: no loop at all."""
 _GPU = ("gpu", "cuda")
+_HOST = 8
 
 
 def choose_unroll(settings: Settings, platform: str, axes: Mapping[str, int]) -> Settings:
@@ -20,8 +21,9 @@ def choose_unroll(settings: Settings, platform: str, axes: Mapping[str, int]) ->
 
     A loop stacks what its forward pass keeps for the backward one, and copies each layer's weights out of their stack. On an H200 that was
     5 % of a step of LLaVA-7B (benchmarks/results/gpu.md); without a loop neither happens, and the step compiles for 36 s instead of 14.
-    GPUs that hold whole weights do the same each, and sum gradients at the end. Where weights or matmuls are split, layers stay in a loop:
-    what they gather is to be freed again, and nothing of it is measured.
+    Up to eight GPUs that hold whole weights do the same each, and sum gradients at the end, over NVLink in a few ms. Where weights or
+    matmuls are split layers stay in a loop, for what they gather is to be freed again; so they do on more GPUs, where such sums take
+    longer. Only one GPU is measured.
 
     Args:
         settings: the config; what it states stays.
@@ -30,7 +32,7 @@ def choose_unroll(settings: Settings, platform: str, axes: Mapping[str, int]) ->
     """
     if settings.model.unroll:
         return settings
-    unroll = ALL if platform in _GPU and _whole_weights(axes) else 1
+    unroll = ALL if platform in _GPU and _alike_on_one_host(axes) else 1
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, unroll=unroll))
 
 
@@ -41,9 +43,9 @@ def compiler_options(unroll: int, layers: int, mesh: Mesh) -> dict[str, Any] | N
     fusion of slices with matmuls lets these read a layer's weights in their stack. In a loop it must be off: a matmul whose output goes
     into a stack and is used as well is then done twice (jaxlib 0.11.2).
 
-    Without a loop, several GPUs with whole weights have one thing to tell each other, the sums of small gradients at the end. There the
-    scheduler that hides transfers is off: it would hide next to nothing and let temporaries grow up to the limit (13B, 8 rows on each of
-    eight H100, compiled: 36 GiB of them instead of 27 in a loop).
+    Without a loop, several GPUs with whole weights have the sums of small gradients to tell each other. There the scheduler that hides
+    transfers is off: it would hide 1 to 3 ms and let temporaries grow up to the limit (13B, 8 rows on each of eight H100, compiled: 36 GiB
+    of them instead of 27 in a loop).
 
     Args:
         unroll: layers in one turn of the loop, as `choose_unroll` leaves it.
@@ -53,10 +55,10 @@ def compiler_options(unroll: int, layers: int, mesh: Mesh) -> dict[str, Any] | N
     if mesh.devices.flat[0].platform not in _GPU:
         return None
     options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_dynamic_slice_fusion": unroll >= layers}
-    if unroll >= layers and mesh.size > 1 and _whole_weights(mesh.shape):
+    if unroll >= layers and mesh.size > 1 and _alike_on_one_host(mesh.shape):
         options["xla_gpu_enable_latency_hiding_scheduler"] = False
     return options
 
 
-def _whole_weights(axes: Mapping[str, int]) -> bool:
-    return all(size == 1 for axis, size in axes.items() if axis != "data")
+def _alike_on_one_host(axes: Mapping[str, int]) -> bool:
+    return all(size == 1 for axis, size in axes.items() if axis != "data") and axes.get("data", 1) <= _HOST

@@ -159,9 +159,10 @@ class EvalSettings:
     Attributes:
         batch_size: questions at once.
         max_new_tokens: cap on an answer; 0 takes each task's own from the table.
-        first_new_tokens: room for an answer when a question is first asked. Longer answers are asked for again, a quarter of a batch at
-            once, with the whole cap: keys and values of 1,024 tokens that nearly no answer has would take more memory than the prompts'.
-            0 asks with the cap at once. The answers are the same.
+        first_new_tokens: room for an answer when a question is first asked. Longer answers are asked for again, half a batch at once, with
+            the whole cap: keys and values of CoIN's 1,024 tokens would take more memory than the prompts', for answers of a few. Where
+            more than two in five are longer, it takes more time than it saves. 0 asks with the cap at once. The answers are the same, up
+            to the rounding of the compute dtype.
         prompt_lengths: prompt positions that batches are padded to, image included, in growing order; each one used is a compile.
         image_mode: "coin" (centre crop where CoIN's scripts crop) or "pad" (as in training).
         also_image_mode: the other one, to ask every task whose images it prepares otherwise once more and to report both; "" for none,

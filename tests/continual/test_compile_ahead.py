@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import shlex
 import types
 
 import jax
@@ -16,10 +17,12 @@ import tiny_run
 from proglora_jax import tools
 from proglora_jax.continual import compile_ahead
 from proglora_jax.continual.compile_ahead import Order
+from proglora_jax.continual.row_split import late_rows
 from proglora_jax.core.mesh import make_mesh
 from proglora_jax.data.errors import UserError
 from proglora_jax.models import presets
 from proglora_jax.training import attention_choice, programs
+from proglora_jax.training.settings import EvalSettings
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler for TPUs, is not installed: pip install -e '.[aot]'")
@@ -173,3 +176,18 @@ def test_without_the_compiler_it_says_what_to_install(tiny, monkeypatch):
     config = tiny_run.config_module("coin").get_config("batches=mcitlib64").to_dict()
     with pytest.raises(UserError, match=r"--topology v5e:2x2: JAX TPU support not installed.*pip install 'proglora-jax\[aot\]'"):
         compile_ahead.compile_ahead(config, Order("v5e:2x2"))
+
+
+def test_the_committed_slices_are_of_today(load_benchmark):
+    """Commands, room for answers, and gradients that are summed in float32 wherever the backbone is whole on each of several chips."""
+    benchmark = load_benchmark("compile_ahead")
+    for name in (name for slices in benchmark.SLICES.values() for name in slices):
+        report = json.loads(benchmark.path_of(name).read_text())
+        by_name = {program["program"]: program for program in report["programs"]}
+        assert report["fits"] and report["command"] == shlex.join(benchmark.command(name)), name
+        room, rows = by_name["answer"]["new_tokens"], by_name["answer"]["rows"]
+        assert room == EvalSettings().first_new_tokens < by_name["answer_late"]["new_tokens"] == 1024, name
+        assert by_name["answer_late"]["rows"] == late_rows(rows, report["mesh"]["data"] * report["mesh"]["fsdp"])
+        summed = sum(one["bytes"] * one["times"] for one in by_name["train"]["collectives"] if one["kind"] == "all-reduce")
+        if 1 < report["chips"] == report["mesh"]["data"]:
+            assert summed >= report["trainable_bytes"], name

@@ -113,7 +113,7 @@ def test_longer_answers_are_asked_for_again_and_are_the_same_also_where_that_bro
     options = OPTIONS | {"evaluate__share_prefix": "off", "evaluate__first_new_tokens": 2}
     with pytest.raises(KeyboardInterrupt):
         here.run("longer", "lora", **options)
-    assert asked == [8] * (COUNT // 8) + [2] * 3
+    assert asked == [8] * (COUNT // 8) + [4] * 3
     here.run("longer", "lora", **options)
     assert [rows for _, rows in answers(workdir).values()] == [rows for _, rows in answers(plain).values()]
     assert asked.count(8) == 3 * COUNT // 8 and asked.count(2) == 3 * COUNT // 2 + 2, "one batch was not read, one was not begun"

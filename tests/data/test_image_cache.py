@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import inspect
 import os
@@ -257,6 +258,26 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, place):
     text = str(error.value)
     assert text.startswith(f"config.data.image_cache_dir={folder}: cannot be written (") and "\n" not in text
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_can_only_be_read_is_read(folder, paths, caplog, monkeypatch):
+    """A volume that is mounted so; to fill it is refused."""
+    first = ImageLoader(SPEC, folder=ImageCache(folder)).pixels(paths[0])
+
+    def refuse(path, mode="r", *rest, **options):
+        if "w" in mode:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return open(path, mode, *rest, **options)
+
+    monkeypatch.setattr(image_cache, "open", refuse, raising=False)
+    cache = ImageCache(folder)
+    loader = ImageLoader(SPEC, folder=cache)
+    np.testing.assert_array_equal(loader.pixels(paths[0]), first)
+    loader.pixels(paths[1])
+    assert (cache.writes, cache.found, cache.written) == (False, 1, 0)
+    assert len([line for line in caplog.messages if "no more images are kept there (Read-only file system)" in line]) == 1
+    with pytest.raises(UserError, match="--fill-image-cache=.*: cannot be written .Read-only"):
+        ImageCache(folder, "--fill-image-cache", must_write=True)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ from proglora_jax.training.settings import ModelSettings
 @pytest.mark.parametrize("platform, axes, fields, wanted", [
     ("gpu", {"data": 1}, {}, ALL), ("cuda", {"data": 1}, {}, ALL), ("cpu", {"data": 1}, {}, 1), ("tpu", {"data": 1}, {}, 1),
     ("gpu", {"data": 8, "fsdp": 1, "model": 1}, {}, ALL), ("gpu", {"data": 2, "fsdp": 4, "model": 1}, {}, 1),
-    ("gpu", {"data": 4, "fsdp": 1, "model": 2}, {}, 1), ("tpu", {"data": 8, "fsdp": 1, "model": 1}, {}, 1),
+    ("gpu", {"data": 16, "fsdp": 1, "model": 1}, {}, 1), ("gpu", {"data": 4, "fsdp": 1, "model": 2}, {}, 1),
+    ("tpu", {"data": 8, "fsdp": 1, "model": 1}, {}, 1),
     ("gpu", {"data": 1}, {"model__unroll": 1}, 1), ("cpu", {"data": 8}, {"model__unroll": 4}, 4),  # what the config states stays
 ])  # fmt: skip
 def test_layers_in_one_turn_by_platform_and_mesh(platform, axes, fields, wanted):
