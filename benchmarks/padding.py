@@ -293,7 +293,8 @@ def text(found: Mapping) -> list[str]:
     lines += ["Batches by padded length in CoIN's order: " + "; ".join(
         f"{task} " + ", ".join(f"{top}: {count}" for top, count in row["modality_length default"]["batches"].items())
         for task, row in found["coin"].items()) + ".", "", "## Sets of padded lengths, all tasks", "",
-        f"Each shape that is used costs a compile, {COMPILE_SECONDS} s at 7B on a GPU the first time.", ""]
+        f"Each shape that is used costs a compile, {COMPILE_SECONDS} s at 7B on a GPU the first time. In the first two sets a batch's labels "
+        "count as well; in the others lengths alone, so that these are at their best.", ""]
     pairs = [(name, row["modality_length"], row["bucket"]) for name, row in found["sets"].items()]
     lines += table(("padded lengths", "CoIN's order: padding", "shapes used", "by bucket: padding", "with images", "shapes used"), [
         *((name, own["all"], own["shapes"], near["all"], near["images"], near["shapes"]) for name, own, near in pairs),
