@@ -23,7 +23,7 @@ from proglora_jax.checkpoints import hf_import
 from proglora_jax.checkpoints.hf_convert import convert_from_hf, whole_folder
 from proglora_jax.checkpoints.hf_import import load_llava, load_source
 from proglora_jax.checkpoints.shards import Entry, write_file
-from proglora_jax.checkpoints.sources import _protocol, disk_names, find_source, read_config
+from proglora_jax.checkpoints.sources import _protocol, disk_names, find_source, image_folder, read_config
 from proglora_jax.checkpoints.weight_files import read_fields
 from proglora_jax.core import mesh as meshes
 from proglora_jax.data.errors import UserError
@@ -183,6 +183,8 @@ def test_a_vision_tower_among_the_weights_wins_over_the_folder_of_a_clip(world, 
         source = find_source(tmp_path / folder, clip)
         assert source.protocol == "llava_custom" and source.describe().endswith(f"; {said}") and len(source.files) == 1
         np.testing.assert_array_equal(load_source(source, jnp.float32).vision.layers.fc1.kernel[...][0], own)
+        # images are prepared ahead as a run prepares them
+        assert image_folder(tmp_path / folder, clip) == source.image_folder == (clip if folder == "llava" else tmp_path / folder)
     # what is not read is not part of the model's name; a run of before, which read it, does not go on with another tower
     before = find_source(tmp_path / "llava", clip).fingerprint()
     assert before == find_source(tmp_path / "llava", root / "clip").fingerprint()
