@@ -4,7 +4,7 @@ From these shardings the compiler splits a run's programs (GSPMD). `jax.shard_ma
 whose kernel it does not know how to split (models/splash.py). Elsewhere it would win nothing or too little:
 
 - Gradients of the adapters in a loop over layers are summed over the devices once in each micro-batch, by hand that would be once a step:
-  by benchmarks/results/scaling.md 12 of 3984 ms of seven parts on eight H100, if nothing hides them, and on more chips there are fewer
+  by benchmarks/results/scaling.md 11 of 3984 ms of seven parts on eight H100, if nothing hides them, and on more chips there are fewer
   parts. But what a loss says of a whole batch (means over its rows, random draws) would become one function for each number of devices.
 - Image features are put in their places, and label positions taken, along a row: no device needs another's
   (tests/training/test_meshes.py counts the messages of every mesh).
