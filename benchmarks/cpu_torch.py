@@ -226,8 +226,8 @@ def both_sides(ours: Callable, theirs: Callable, rounds: int, steps: int) -> dic
         "rounds": rounds}
 
 
-def compare_ours(shape: Shape, folder: str, rounds: int, steps: int) -> list[dict]:
-    """The rows of our sides among themselves: a training step and a generation, all in turns."""
+def compare_ours(shape: Shape, folder: str, rounds: int, steps: int, *, generation: bool = True) -> list[dict]:
+    """The rows of our sides among themselves: a training step and, where asked for, a generation, all in turns."""
     llava, sides = load_llava(folder, np.float32), {}
     for name, (case, loop) in ALONE.items():
         method, fields, blocks, remat = CASES[case]
@@ -236,10 +236,10 @@ def compare_ours(shape: Shape, folder: str, rounds: int, steps: int) -> list[dic
     first = {name: [side.train() for _ in range(3)] for name, side in sides.items()}
     if not np.allclose(first["pool of 8"], first["loop over 8 blocks"], rtol=1e-5, atol=0):
         raise RuntimeError(f"the loop over blocks does not train as the pool does: losses {first}")
-    rows = []
-    for what, calls, turn in (("training step", {name: side.train for name, side in sides.items()}, steps),
-                              (f"generation of {shape.new_tokens} tokens", {name: side.generate for name, side in sides.items()},
-                               max(1, steps // 3))):
+    rows, turns = [], [("training step", {name: side.train for name, side in sides.items()}, steps)]
+    if generation:
+        turns.append((f"generation of {shape.new_tokens} tokens", {name: side.generate for name, side in sides.items()}, max(1, steps // 3)))
+    for what, calls, turn in turns:
         seconds = in_turns(calls, rounds, turn)
         medians = {name: 1e3 * statistics.median(own) for name, own in seconds.items()}
         rows += [{"what": what, "above": above, "below": below, "above_ms": medians[above], "below_ms": medians[below]}

@@ -116,8 +116,9 @@ def sizes_of(tiny: bool) -> Sizes:
 
 
 def tiny(case: Case) -> Case:
-    """A case with an eighth of its ranks, half of its rows and a sixteenth of its positions."""
-    return dataclasses.replace(case, rows=-(-case.rows // 2), positions=case.positions // 16, rank=case.rank // 8)
+    """A case with three blocks at most, an eighth of its ranks, half of its rows and a sixteenth of its positions."""
+    return dataclasses.replace(
+        case, blocks=min(case.blocks, 3), rows=-(-case.rows // 2), positions=case.positions // 16, rank=case.rank // 8)
 
 
 def series(tiny_sizes: bool, only: str = "") -> list[list[Case]]:

@@ -68,22 +68,23 @@ def ratios(rows: list[Row]) -> dict[str, float | None]:
         return [row for row in here if all(row["fields"][key] == value for key, value in ({"side": side, "what": what} | fields).items())]
 
     plain = {"pool": "fused", "attention": "auto", "remat": "qkvo_mlp", "dropout": 0.0, "unroll": 0}
-    # By their sizes, so that the same lines serve the tiny ones: the middle length, the small rank.
+    # By their sizes, so that the same lines serve the tiny ones: the middle length, the small rank, the larger number of blocks.
+    many = max((row["fields"]["blocks"] for row in rows), default=0)
     lengths = sorted({row["fields"]["positions"] for row in rows if row["fields"]["what"] == "train"})
     ranks = sorted({row["fields"]["rank"] for row in rows})
     middle = lengths[len(lengths) // 2] if lengths else 0
     small, large = (ranks[0], ranks[-1]) if len(ranks) > 1 else (ranks[0] if ranks else 0, -1)
-    pool = [row for row in pick("ours", "train", blocks=8, rank=small, **plain) if row["fields"]["positions"] == middle]
+    pool = [row for row in pick("ours", "train", blocks=many, rank=small, **plain) if row["fields"]["positions"] == middle]
     loop = pick("ours", "train", pool="loop")
     answers, theirs = pick("ours", "answer"), pick("peers", "answer")
-    checked, free = (pick("peers", "train", blocks=8, remat=remat, compiled=False) for remat in ("full", "none"))
+    checked, free = (pick("peers", "train", blocks=many, remat=remat, compiled=False) for remat in ("full", "none"))
     one, peers_one = pick("ours", "train", blocks=1, rank=small, **plain), pick("peers", "train", blocks=1, compiled=False)
     main = [row for row in pool if one and row["fields"]["rows"] == one[0]["fields"]["rows"]]
     in_loop = plain | {"unroll": 1}  # over layers: to compile every block of every layer would take too long
     looped = [row for row in pick("ours", "train", rank=small, **in_loop) if loop and row["fields"]["rows"] == loop[0]["fields"]["rows"]]
     values = (
         max((row["mfu"] for row in pool if "mfu" in row), default=None),
-        _by(main, one, "ms"), _by(*(pick("ours", "train", blocks=blocks, rank=large, **in_loop) for blocks in (8, 1)), "ms"),
+        _by(main, one, "ms"), _by(*(pick("ours", "train", blocks=blocks, rank=large, **in_loop) for blocks in (many, 1)), "ms"),
         _by(loop, looped, "ms"), _by(pool, checked), _by(pool, checked + free), _by(one, peers_one), _best(answers),
         _by(answers, [row for row in theirs if row["fields"]["rows"] == 1]),
         _by(answers, [row for row in theirs if row["fields"]["rows"] > 1]),

