@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import resource
 from pathlib import Path
 
 import pytest
+from disks import full_disk
 from test_export import world  # noqa: F401 (a fixture)
 
 from proglora_jax import tools
@@ -33,17 +32,6 @@ def sentence(capsys) -> str:
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1, said
     return said
-
-
-@contextlib.contextmanager
-def full_disk(limit: int):
-    """No file may grow past `limit` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -7,7 +7,6 @@ import errno
 import hashlib
 import inspect
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import numpy as np
 import PIL
 import pytest
 from data_fixtures import save_pattern
+from disks import full_disk
 from PIL import Image
 
 from proglora_jax.data import image_cache, image_files, images
@@ -278,17 +278,6 @@ def test_a_folder_that_can_only_be_read_is_read(folder, paths, caplog, monkeypat
     assert len([line for line in caplog.messages if "no more images are kept there (Read-only file system)" in line]) == 1
     with pytest.raises(UserError, match="--fill-image-cache=.*: cannot be written .Read-only"):
         ImageCache(folder, "--fill-image-cache", must_write=True)
-
-
-@contextlib.contextmanager
-def full_disk(limit: int):
-    """No file may grow past `limit` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("how", ["refuses", "nearly full"])
