@@ -200,6 +200,15 @@ def test_beginnings_that_questions_may_share_take_memory_too():
     assert line.endswith("where questions share images: it would fit with --config.evaluate.share_prefix=off")
 
 
+@pytest.mark.parametrize("devices, rows, room", [(1, 32, 128), (32, 1, 1024)])
+def test_answers_are_planned_with_the_room_that_takes_more(devices, rows, room):
+    """32 questions with little room hold more than half of them with all; a single one a device cannot be halved."""
+    text = diagnose(load_config(f"{COIN}:method=proglora_dynamic,batches=mcitlib64"), Machine(devices=devices, memory_gb=141))
+    assert "answers of up to 1024 tokens, asked with room for 128 at first" in text
+    position = 2 * 32 * 4096 * 2  # keys and values of 32 layers in 16 bits
+    assert number(text, "keys and values") == pytest.approx(rows * (2048 + room) * position / 1e9, abs=0.006)
+
+
 def test_the_policy_is_chosen_before_anything_is_advised():
     (line,) = [line for line in advice(diagnose(load_config(f"{COIN}:batches=mcitlib64"), Machine(devices=1, memory_gb=24)))
                if line.startswith("training needs")]
